@@ -1,0 +1,208 @@
+"""What a bundle says about itself: the contract between the server and the device.
+
+The types here change only together with :data:`FORMAT` and a round-trip test. Fields that this
+version does not know survive being read and written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from edge_ll.errors import BundleError
+
+FORMAT = 1
+"""Version of the manifest's format; a device refuses a higher one."""
+
+EngineName = Literal["step-graph", "ort-training"]
+OptimizerName = Literal["adamw", "sgd"]
+
+Count = Annotated[int, Meta(ge=1)]
+Index = Annotated[int, Meta(ge=0)]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Shape = tuple[Count, ...]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of a tensor: its shape leaves the batch axis out."""
+
+    shape: Shape
+    dtype: Literal["float32", "uint8", "int16", "int64"]
+
+    @property
+    def size(self) -> int:
+        """Number of elements of one sample."""
+        return math.prod(self.shape)
+
+
+class ThetaEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one parameter of the tail lies in the flat float32 vector θ."""
+
+    name: str
+    offset: Index
+    shape: tuple[Count, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class ArraySpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A raw little-endian array in a file of the bundle."""
+
+    file: str
+    dtype: Literal["float32", "int8", "uint8", "int16", "int64"]
+    shape: tuple[Index, ...]
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Size and hash of one file of the bundle."""
+
+    sha256: Digest
+    size_bytes: Index
+
+
+class LearnerDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """How the device learns unless its own configuration says otherwise."""
+
+    optimizer: OptimizerName
+    learning_rate: Annotated[float, Meta(gt=0)]
+    weight_decay: Annotated[float, Meta(ge=0)]
+    clip_norm: Annotated[float, Meta(gt=0)]
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
+    batch_new: Count
+    batch_replay: Index
+    steps_per_batch: Count
+    buffer_entries: Index
+
+
+class DriftDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """The drift detector's promise."""
+
+    average_run_length: Annotated[float, Meta(gt=1)]
+    tolerance: Annotated[float, Meta(ge=0, lt=0.5)] = 0.0
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a bundle comes from."""
+
+    recipe: str
+    created_at_s: float
+    versions: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    parent: Digest | None = None
+    merged_from: tuple[str, ...] = ()
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a device must know before it runs a bundle.
+
+    Attributes:
+        labels: A name per class; their number is the capacity of the tail.
+        base_classes: What the novelty reference covers: classes of the pre-training data.
+        known_classes: What the tail can predict as it is shipped; devices add to them.
+        theta: Layout of θ, without gaps.
+        anchor_groups: Name -> classes, in the order in which they are taught: the columns of the
+            accuracy matrix.
+        arrays: ``anchor_latents`` int8, ``anchor_labels``, ``latent_scale``, ``latent_zero`` and
+            the fields of the novelty reference as ``novelty_*``.
+        unknown: Fields of a later version, kept for writing.
+    """
+
+    format: int = FORMAT
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    version: Count
+    input: TensorSpec
+    latent: TensorSpec
+    labels: tuple[str, ...]
+    base_classes: tuple[Index, ...]
+    known_classes: tuple[Index, ...]
+    theta: tuple[ThetaEntry, ...]
+    engines: tuple[EngineName, ...]
+    learner: LearnerDefaults
+    drift: DriftDefaults
+    anchor_groups: dict[str, tuple[Index, ...]]
+    arrays: dict[str, ArraySpec]
+    files: dict[str, FileEntry]
+    provenance: Provenance
+    unknown: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        offset = 0
+        for entry in self.theta:
+            if entry.offset != offset:
+                raise ValueError(f"theta: {entry.name} at {entry.offset}, expected {offset}")
+            offset += entry.size
+        classes = {*self.base_classes, *self.known_classes}.union(*self.anchor_groups.values())
+        if classes and max(classes) >= self.capacity:
+            raise ValueError(f"class {max(classes)} is past the capacity {self.capacity}")
+        absent = sorted({spec.file for spec in self.arrays.values()} - set(self.files))
+        if absent:
+            raise ValueError(f"arrays name files that are not listed: {', '.join(absent)}")
+
+    @property
+    def capacity(self) -> int:
+        """How many classes the tail can tell apart at most."""
+        return len(self.labels)
+
+    @property
+    def theta_size(self) -> int:
+        """Length of θ."""
+        return sum(entry.size for entry in self.theta)
+
+    def encode(self) -> bytes:
+        """UTF-8 JSON, unknown fields included."""
+        plain = msgspec.to_builtins(self)
+        extra = plain.pop("unknown")
+        return json.dumps(_overlay(extra, plain), indent=1).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """Read a manifest whose signature was checked.
+
+        Raises:
+            BundleError: Not JSON, an unknown format version, or a field that breaks its rule.
+        """
+        try:
+            raw = msgspec.json.decode(data)
+        except msgspec.DecodeError as error:
+            raise BundleError(f"manifest.json is not JSON: {error}") from error
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+            raise BundleError(
+                f"manifest.json has format {version!r}; this version of edge-ll reads 1 to "
+                f"{FORMAT}: update the agent, or export with an older edge-ll"
+            )
+        raw.pop("unknown", None)
+        try:
+            manifest = msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise BundleError(f"manifest.json: {error}") from error
+        return msgspec.structs.replace(manifest, unknown=_unknown(raw, cls))
+
+
+def _unknown(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """What ``raw`` holds beyond the fields of ``kind`` and of the structs in it."""
+    hints = get_type_hints(kind)
+    extra: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in hints:
+            extra[key] = value
+        elif isinstance(hints[key], type) and issubclass(hints[key], msgspec.Struct):
+            inner = _unknown(value, hints[key])
+            if inner:
+                extra[key] = inner
+    return extra
+
+
+def _overlay(extra: Mapping[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(known)
+    for key, value in extra.items():
+        merged[key] = _overlay(value, known[key]) if key in known else value
+    return merged

@@ -1,0 +1,279 @@
+"""Every message between a device and the fleet: one frozen type each, with its topic and encoding.
+
+``docs/protocol.md`` is the reference for people; a test holds it against this file. JSON carries
+what people read, CBOR (RFC 8949) what is frequent or large. A receiver ignores fields that it does
+not know and refuses what breaks a field's rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import cbor2
+import msgspec
+from msgspec import Meta
+
+from edge_ll.errors import ProtocolError
+from edge_ll.manifest import Count, Digest, EngineName, Index
+from edge_ll.metrics import Counts
+
+ROOT = "el/v1"
+MAX_MESSAGE_BYTES = 256 * 1024
+CHUNK_BYTES = 64 * 1024
+
+Text = Annotated[str, Meta(max_length=2000)]
+Name = Annotated[str, Meta(max_length=128)]
+Session = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+
+_LEVEL = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+
+
+class Address(msgspec.Struct, frozen=True, order=True):
+    """A device within a tenant: part of the topic, never of a payload, so a broker can guard it."""
+
+    tenant: str
+    device: str
+
+    def __post_init__(self) -> None:
+        for level in (self.tenant, self.device):
+            if not _LEVEL.fullmatch(level) and level != "+":
+                raise ProtocolError(
+                    f"{level!r} cannot be a tenant or device: expected 1 to 64 of A-Z a-z 0-9 _ -"
+                )
+
+    @classmethod
+    def of(cls, topic: str) -> Address:
+        """The address in a device's topic.
+
+        Raises:
+            ProtocolError: The topic is not one of a device.
+        """
+        levels = topic.split("/")
+        if len(levels) < 6 or levels[:2] != ROOT.split("/") or levels[3] != "d":
+            raise ProtocolError(f"{topic!r} is not a device's topic ({ROOT}/tenant/d/device/...)")
+        return cls(levels[2], levels[4])
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all messages: how one is addressed, encoded and decoded."""
+
+    suffix: ClassVar[str]
+    encoding: ClassVar[Literal["json", "cbor"]]
+    retain: ClassVar[bool] = False
+
+    @classmethod
+    def topic(cls, address: Address) -> str:
+        """The topic for one device, or with ``+`` as a level the filter for many."""
+        return f"{ROOT}/{address.tenant}/d/{address.device}/{cls.suffix}"
+
+    def encode(self) -> bytes:
+        """The payload."""
+        if self.encoding == "json":
+            return msgspec.json.encode(self)
+        return cbor2.dumps(msgspec.to_builtins(self, builtin_types=(bytes,)))
+
+    @classmethod
+    def decode(cls, payload: bytes) -> Self:
+        """Read a payload.
+
+        Raises:
+            ProtocolError: It is too large, not of this encoding, or a field breaks its rule.
+        """
+        if len(payload) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(
+                f"{cls.__name__}: expected at most {MAX_MESSAGE_BYTES} bytes, got {len(payload)}"
+            )
+        try:
+            decode: Callable[[bytes], Any]
+            decode = msgspec.json.decode if cls.encoding == "json" else cbor2.loads
+            raw = decode(payload)
+            return msgspec.convert(raw, cls)
+        except (msgspec.MsgspecError, cbor2.CBORError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"{cls.__name__}: {error}") from error
+
+
+class BundleRef(msgspec.Struct, frozen=True, kw_only=True):
+    """Which bundle is meant."""
+
+    name: Name
+    version: Count
+    digest: Digest
+
+
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
+    """State of one drift detector since its start, in natural logarithms.
+
+    An alarm is due when ``peak`` reaches ``threshold`` = log(average run length).
+    """
+
+    now: float
+    peak: float
+    threshold: Annotated[float, Meta(gt=0)]
+    n: Index
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """Is the agent connected? Also the last will: the broker then says ``online = false``."""
+
+    suffix: ClassVar[str] = "status"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+    retain: ClassVar[bool] = True
+
+    online: bool
+    session: Session
+
+
+class Birth(Message, frozen=True, kw_only=True):
+    """Who the agent is; sent at each connection."""
+
+    suffix: ClassVar[str] = "birth"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+
+    session: Session
+    agent_version: Name
+    engine: EngineName
+    provider: Name
+    runtime: Name
+    python: Name
+    machine: Name
+    rss_bytes: Index
+    bundle: BundleRef | None = None
+
+
+class Report(Message, frozen=True, kw_only=True):
+    """What the agent saw and learned, in counts.
+
+    Counts run from the start of the session (or from the activation of the bundle, for anchors),
+    so that a lost report costs detail, never truth.
+    """
+
+    suffix: ClassVar[str] = "report"
+    encoding: ClassVar[Literal["json", "cbor"]] = "cbor"
+
+    session: Session
+    seq: Index
+    at_s: float
+    bundle: BundleRef
+    phase: Literal["baseline", "progress", "experience", "activated"]
+    experience: Index
+    seen: Index
+    learned: Index
+    steps: Index
+    refused: Index
+    prequential: Counts
+    anchors: dict[Name, Counts]
+    evidence: dict[Name, Evidence]
+    loss: float | None = None
+    rss_bytes: Index = 0
+
+
+class Event(Message, frozen=True, kw_only=True):
+    """Something that a person may want to know at once."""
+
+    suffix: ClassVar[str] = "event"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+
+    session: Session
+    at_s: float
+    kind: Literal["sample_refused", "bundle_refused", "drift", "stream_ended"]
+    detail: Text
+
+
+class Offer(Message, frozen=True, kw_only=True):
+    """The bundle that the fleet wants this device to run: its desired state."""
+
+    suffix: ClassVar[str] = "desired"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+    retain: ClassVar[bool] = True
+
+    bundle: BundleRef
+    size_bytes: Count
+
+
+class Reported(Message, frozen=True, kw_only=True):
+    """What the device made of the offer: its reported state."""
+
+    suffix: ClassVar[str] = "reported"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+    retain: ClassVar[bool] = True
+
+    session: Session
+    bundle: BundleRef
+    state: Literal["pulling", "active", "refused"]
+    detail: Text = ""
+
+
+class ChunkRequest(Message, frozen=True, kw_only=True):
+    """Device to fleet: send these chunks of a bundle."""
+
+    suffix: ClassVar[str] = "blob/get"
+    encoding: ClassVar[Literal["json", "cbor"]] = "cbor"
+
+    digest: Digest
+    indices: Annotated[tuple[Index, ...], Meta(min_length=1, max_length=64)]
+
+
+class Chunk(Message, frozen=True, kw_only=True):
+    """Fleet to device: one chunk of a bundle."""
+
+    suffix: ClassVar[str] = "blob/chunk"
+    encoding: ClassVar[Literal["json", "cbor"]] = "cbor"
+
+    digest: Digest
+    index: Index
+    data: Annotated[bytes, Meta(max_length=CHUNK_BYTES)]
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """Fleet to device: do something now."""
+
+    suffix: ClassVar[str] = "cmd"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+
+    id: Session
+    verb: Literal["upload"]
+
+
+class CommandResult(Message, frozen=True, kw_only=True):
+    """Device to fleet: what came of a command."""
+
+    suffix: ClassVar[str] = "cmd/res"
+    encoding: ClassVar[Literal["json", "cbor"]] = "json"
+
+    id: Session
+    ok: bool
+    detail: Text = ""
+
+
+class UpdateOffer(Message, frozen=True, kw_only=True):
+    """Device to fleet: a tail learned on top of ``base``, θ as float32 little-endian bytes."""
+
+    suffix: ClassVar[str] = "up/offer"
+    encoding: ClassVar[Literal["json", "cbor"]] = "cbor"
+
+    command: Session
+    base: Digest
+    digest: Digest
+    size_bytes: Count
+    samples: Index
+    classes: tuple[Index, ...]
+
+
+class UpdateRequest(ChunkRequest, frozen=True, kw_only=True):
+    """Fleet to device: send these chunks of an update."""
+
+    suffix: ClassVar[str] = "up/get"
+
+
+class UpdateChunk(Chunk, frozen=True, kw_only=True):
+    """Device to fleet: one chunk of an update."""
+
+    suffix: ClassVar[str] = "up/chunk"
+
+
+FROM_DEVICE: tuple[type[Message], ...] = (
+    Status, Birth, Report, Event, Reported, ChunkRequest, CommandResult, UpdateOffer, UpdateChunk,
+)  # fmt: skip
+TO_DEVICE: tuple[type[Message], ...] = (Offer, Chunk, Command, UpdateRequest)
