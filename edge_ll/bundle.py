@@ -25,7 +25,7 @@ from edge_ll.novelty import NoveltyReference
 from edge_ll.onnx_scan import check_onnx
 from edge_ll.trust import SEAL_BYTES, Signer, TrustStore
 
-MANIFEST, SEAL = "manifest.json", "manifest.seal"
+MANIFEST, SEAL, RECIPE = "manifest.json", "manifest.seal", "recipe.json"
 BACKBONE, TAIL, STEP, THETA = "backbone.onnx", "tail.onnx", "step.onnx", "theta.f32"
 ORT_TRAINING = "ort_training/"
 

@@ -142,9 +142,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         classes = {*self.base_classes, *self.known_classes}.union(*self.anchor_groups.values())
         if classes and max(classes) >= self.capacity:
             raise ValueError(f"class {max(classes)} is past the capacity {self.capacity}")
-        absent = sorted({spec.file for spec in self.arrays.values()} - set(self.files))
-        if absent:
-            raise ValueError(f"arrays name files that are not listed: {', '.join(absent)}")
 
     @property
     def capacity(self) -> int:
@@ -184,6 +181,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             manifest = msgspec.convert(raw, cls)
         except msgspec.ValidationError as error:
             raise BundleError(f"manifest.json: {error}") from error
+        absent = sorted({spec.file for spec in manifest.arrays.values()} - set(manifest.files))
+        if absent:
+            raise BundleError(f"arrays name files that are not listed: {', '.join(absent)}")
         return msgspec.structs.replace(manifest, unknown=_unknown(raw, cls))
 
 

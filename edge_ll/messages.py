@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from edge_ll.errors import ProtocolError
-from edge_ll.manifest import Count, Digest, EngineName, Index
+from edge_ll.manifest import Count, Digest, Index
 from edge_ll.metrics import Counts
 
 ROOT = "el/v1"
@@ -126,14 +126,17 @@ class Status(Message, frozen=True, kw_only=True):
 
 
 class Birth(Message, frozen=True, kw_only=True):
-    """Who the agent is; sent at each connection."""
+    """Who the agent is; sent at each connection and each switch of bundles.
+
+    ``engine``, ``provider`` and ``runtime`` say what really runs: ``none`` without a bundle.
+    """
 
     suffix: ClassVar[str] = "birth"
     encoding: ClassVar[Literal["json", "cbor"]] = "json"
 
     session: Session
     agent_version: Name
-    engine: EngineName
+    engine: Name
     provider: Name
     runtime: Name
     python: Name
@@ -145,8 +148,8 @@ class Birth(Message, frozen=True, kw_only=True):
 class Report(Message, frozen=True, kw_only=True):
     """What the agent saw and learned, in counts.
 
-    Counts run from the start of the session (or from the activation of the bundle, for anchors),
-    so that a lost report costs detail, never truth.
+    Counts run from the agent's first start, so that a lost report costs detail, never truth;
+    ``anchors`` is a measurement of the moment.
     """
 
     suffix: ClassVar[str] = "report"

@@ -98,6 +98,18 @@ class TrustStore:
         except ValueError as error:
             raise TrustError(f"a trusted key is not hexadecimal: {error}") from error
 
+    @classmethod
+    def from_file(cls, *paths: Path) -> TrustStore:
+        """Read public keys from ``.pub`` files.
+
+        Raises:
+            TrustError: A file is missing or holds no key.
+        """
+        try:
+            return cls.from_hex([path.read_text("ascii") for path in paths])
+        except (OSError, UnicodeDecodeError) as error:
+            raise TrustError(f"a public key file cannot be read: {error}") from error
+
     def verify(self, payload: bytes, seal: bytes) -> str:
         """Check a seal made by :meth:`Signer.seal`; the signing key's id in hexadecimal.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from edge_ll.transport import topics
 from edge_ll.transport.port import Handler, Message
@@ -129,13 +129,11 @@ class Dispatcher:
             # A persistent session may hold subscriptions of an earlier program.
             log.debug("%s: no handler for %s", self._name, message.topic)
         for handler in handlers:
-            self._guarded(lambda handler=handler: handler(message), message.topic)  # type: ignore[misc]
+            self._guarded(partial(handler, message), message.topic)
 
     def _guarded(self, task: Callable[[], None], cause: str) -> None:
-        started = time.monotonic()
         try:
             task()
         except Exception:
             self.handler_errors += 1
             log.exception("%s: a handler failed on %s", self._name, cause)
-        log.debug("%s: %s took %.3f s", self._name, cause, time.monotonic() - started)

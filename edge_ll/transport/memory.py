@@ -23,51 +23,56 @@ class MemoryBroker:
     """Passes messages between the transports connected to it, in one order for all."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._retained: dict[str, bytes] = {}
         self._clients: dict[str, MemoryTransport] = {}
 
     def restart(self) -> None:
         """Lose every connection and every retained message, then take the clients back."""
-        with self._lock:
+        with self.lock:
             clients = list(self._clients.values())
             self._clients.clear()
             self._retained.clear()
         for client in clients:
             client.restore()
 
-    def _publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
-        with self._lock:
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        """Hand a message to every client, and keep it when ``retain`` is set."""
+        with self.lock:
             if retain and payload:
                 self._retained[topic] = payload
             elif retain:
                 self._retained.pop(topic, None)
             for client in self._clients.values():
-                client._receive(Message(topic, payload))  # noqa: SLF001
+                client.receive(Message(topic, payload))
 
-    def _retained_for(self, topic_filter: str) -> list[Message]:
-        with self._lock:
+    def retained_for(self, topic_filter: str) -> list[Message]:
+        """The kept messages whose topic matches ``topic_filter``."""
+        with self.lock:
             return [
                 Message(topic, payload, retained=True)
                 for topic, payload in self._retained.items()
                 if topics.matches(topic_filter, topic)
             ]
 
-    def _attach(self, client_id: str, client: MemoryTransport) -> None:
-        with self._lock:
+    def attach(self, client_id: str, client: MemoryTransport) -> None:
+        """Take ``client`` in; an earlier one of the same id loses its connection."""
+        with self.lock:
             earlier = self._clients.get(client_id)
             if earlier is not None and earlier is not client:
                 earlier.drop()  # as MQTT does: one client id, one connection
             self._clients[client_id] = client
 
-    def _detach(self, client_id: str, client: MemoryTransport) -> bool:
-        with self._lock:
+    def detach(self, client_id: str, client: MemoryTransport) -> bool:
+        """Let ``client`` go; False when it was not connected."""
+        with self.lock:
             if self._clients.get(client_id) is not client:
                 return False
             del self._clients[client_id]
             return True
 
-    def _has(self, client_id: str, client: MemoryTransport) -> bool:
+    def holds(self, client_id: str, client: MemoryTransport) -> bool:
+        """Whether ``client`` is the one connected under ``client_id``."""
         return self._clients.get(client_id) is client
 
 
@@ -108,7 +113,7 @@ class MemoryTransport:
     @property
     def connected(self) -> bool:
         """Whether the broker holds this connection."""
-        return self._broker._has(self._client_id, self)  # noqa: SLF001
+        return self._broker.holds(self._client_id, self)
 
     @property
     def dropped(self) -> int:
@@ -143,7 +148,7 @@ class MemoryTransport:
                 f"{self._client_id} is not connected: nothing was queued; "
                 "keep the message and publish it after the reconnection"
             )
-        self._broker._publish(topic, bytes(payload), retain=retain)  # noqa: SLF001
+        self._broker.publish(topic, bytes(payload), retain=retain)
         return _Done()
 
     def subscribe(self, topic_filter: str, handler: Handler) -> None:
@@ -153,7 +158,7 @@ class MemoryTransport:
             TransportError: The filter is wrong.
         """
         topics.check_filter(topic_filter)
-        with self._broker._lock:  # noqa: SLF001 - no message may pass between the two steps
+        with self._broker.lock:  # no message may pass between the two steps
             self._dispatcher.route(topic_filter, handler)
             if self.connected:
                 self._deliver_retained(topic_filter)
@@ -164,16 +169,16 @@ class MemoryTransport:
 
     def drop(self) -> None:
         """Lose the connection without a goodbye: the broker publishes the will."""
-        if self._broker._detach(self._client_id, self) and self._will is not None:  # noqa: SLF001
+        if self._broker.detach(self._client_id, self) and self._will is not None:
             will = self._will
-            self._broker._publish(will.topic, will.payload, retain=will.retain)  # noqa: SLF001
+            self._broker.publish(will.topic, will.payload, retain=will.retain)
 
     def restore(self) -> None:
         """Connect again after ``drop``; nothing happens on a closed or connected transport."""
         if self._closed or self.connected:
             return
-        with self._broker._lock:  # noqa: SLF001 - retained messages come before newer ones
-            self._broker._attach(self._client_id, self)  # noqa: SLF001
+        with self._broker.lock:  # retained messages come before newer ones
+            self._broker.attach(self._client_id, self)
             for topic_filter in self._dispatcher.filters:
                 self._deliver_retained(topic_filter)
             for handler in list(self._on_connect):
@@ -182,7 +187,7 @@ class MemoryTransport:
     def close(self) -> None:
         """Leave the broker without a will, hand out what is queued, and stop; idempotent."""
         self._closed = True
-        self._broker._detach(self._client_id, self)  # noqa: SLF001
+        self._broker.detach(self._client_id, self)
         self._dispatcher.stop(_DRAIN_S)
 
     def __enter__(self) -> Self:
@@ -197,9 +202,10 @@ class MemoryTransport:
         self.close()
 
     def _deliver_retained(self, topic_filter: str) -> None:
-        for message in self._broker._retained_for(topic_filter):  # noqa: SLF001
+        for message in self._broker.retained_for(topic_filter):
             self._dispatcher.deliver(message)
 
-    def _receive(self, message: Message) -> None:
+    def receive(self, message: Message) -> None:
+        """Take a message from the broker if it is subscribed to."""
         if any(topics.matches(wanted, message.topic) for wanted in self._dispatcher.filters):
             self._dispatcher.deliver(message)

@@ -20,10 +20,13 @@ ClassId = Annotated[int, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
+# Plain literals, not Annotated: so a misspelt choice is answered with the nearest one.
 DatasetName = Literal["digits", "fsdd"]
+BackboneKind = Literal["conv", "dscnn"]
+TailKind = Literal["linear", "mlp", "pointwise"]
 
 
-class Classes(Section):
+class Classes(Section, frozen=True, kw_only=True):
     """Which classes the server knows, which the devices will meet, and room for all of them."""
 
     base: Annotated[
@@ -60,7 +63,7 @@ class Classes(Section):
         return tuple(c for group in self.experiences for c in group)
 
 
-class SplitShares(Section):
+class SplitShares(Section, frozen=True, kw_only=True):
     """How each class is divided; what remains is ``train`` (base) or ``stream`` (new classes)."""
 
     test: Annotated[Share, Meta(description="All classes: the figures we publish")]
@@ -68,7 +71,7 @@ class SplitShares(Section):
     holdout: Annotated[Share, Meta(description="All classes: the server's gate on merged weights")]
     traffic: Annotated[Share, Meta(description="Base classes: what devices see unlabelled")]
     held_groups: Annotated[
-        tuple[str, ...], Meta(description="Groups (speakers) that pre-training never hears")
+        tuple[str, ...], Meta(description="Groups (speakers) never heard with labels")
     ] = ()
 
     def __post_init__(self) -> None:
@@ -80,7 +83,7 @@ class SplitShares(Section):
             )
 
 
-class ImageAugment(Section):
+class ImageAugment(Section, frozen=True, kw_only=True):
     """Random small changes to images; every value is the largest change, 0 switches it off."""
 
     max_rotation_deg: Annotated[float, Meta(ge=0.0, le=45.0)] = 0.0
@@ -91,7 +94,7 @@ class ImageAugment(Section):
     ] = 0.0
 
 
-class AudioAugment(Section):
+class AudioAugment(Section, frozen=True, kw_only=True):
     """Random small changes to waveforms; every value is the largest change, 0 switches it off."""
 
     max_shift_s: NonNegative = 0.0
@@ -101,14 +104,14 @@ class AudioAugment(Section):
     ] = 0.0
 
 
-class Augment(Section):
+class Augment(Section, frozen=True, kw_only=True):
     """Augmentation of the pre-training; the table that fits the data set is used."""
 
     image: ImageAugment = ImageAugment()
     audio: AudioAugment = AudioAugment()
 
 
-class Fitting(Section):
+class Fitting(Section, frozen=True, kw_only=True):
     """One training run: AdamW, one warm-up, cosine decay to zero."""
 
     epochs: Annotated[int, Meta(ge=1, description="Passes over the training split")]
@@ -117,33 +120,34 @@ class Fitting(Section):
     weight_decay: Annotated[float, Meta(ge=0.0, description="Decoupled weight decay")] = 0.0
 
 
-class Teacher(Section):
+class Teacher(Section, frozen=True, kw_only=True):
     """The large network: accurate, never shipped."""
 
     width: Annotated[int, Meta(ge=4, description="Channels of its first block; doubled after")]
     fit: Fitting
 
 
-class Backbone(Section):
-    """The frozen part of the student: raw input to latent."""
+class Backbone(Section, frozen=True, kw_only=True):
+    """The frozen part of the student: raw input to latent.
 
-    kind: Annotated[
-        Literal["conv", "dscnn"],
-        Meta(description="conv: small images; dscnn: log-mel and separable convolutions"),
-    ]
+    ``conv`` takes small images; ``dscnn`` is log-mel and separable convolutions over time.
+    """
+
+    kind: BackboneKind
     channels: Annotated[
         tuple[Count, ...], Meta(min_length=1, description="Channels of each hidden block")
     ]
     latent_channels: Annotated[Count, Meta(description="Channels of the latent")]
 
 
-class Tail(Section):
-    """The part of the student that devices train."""
+class Tail(Section, frozen=True, kw_only=True):
+    """The part of the student that devices train.
 
-    kind: Annotated[
-        Literal["linear", "mlp", "pointwise"],
-        Meta(description="linear and mlp see the flat latent, pointwise mixes its channels"),
-    ]
+    ``linear`` and ``mlp`` see the flat latent; ``pointwise`` mixes the channels at each position
+    and then takes the mean over positions.
+    """
+
+    kind: TailKind
     hidden: Annotated[tuple[Count, ...], Meta(description="Sizes of the hidden layers")] = ()
 
     def __post_init__(self) -> None:
@@ -155,7 +159,7 @@ class Tail(Section):
             )
 
 
-class Student(Section):
+class Student(Section, frozen=True, kw_only=True):
     """The compact network that is shipped: backbone, then tail."""
 
     backbone: Backbone
@@ -163,7 +167,7 @@ class Student(Section):
     fit: Fitting
 
 
-class Distil(Section):
+class Distil(Section, frozen=True, kw_only=True):
     """Knowledge distillation (Hinton, Vinyals and Dean, 2015)."""
 
     temperature: Annotated[float, Meta(gt=0.0, description="Softens both distributions")]
@@ -172,7 +176,7 @@ class Distil(Section):
     ]
 
 
-class Learner(Section):
+class Learner(Section, frozen=True, kw_only=True):
     """Defaults of the learning on devices; they travel in the bundle."""
 
     lr: Positive
@@ -190,7 +194,7 @@ class Learner(Section):
     latent_dtype: Literal["int8"] = "int8"
 
 
-class Drift(Section):
+class Drift(Section, frozen=True, kw_only=True):
     """Novelty and drift on unlabelled traffic."""
 
     average_run_length: Annotated[
@@ -204,7 +208,7 @@ class Drift(Section):
     ] = 32
 
 
-class Gate(Section):
+class Gate(Section, frozen=True, kw_only=True):
     """What merged weights must meet on the holdout before they are signed."""
 
     min_accuracy: Annotated[float, Meta(ge=0.0, le=1.0, description="On all classes seen")] = 0.85
@@ -213,7 +217,7 @@ class Gate(Section):
     ] = 0.05
 
 
-class Recipe(Section):
+class Recipe(Section, frozen=True, kw_only=True):
     """One run from data to student, with the defaults that travel to the devices."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
@@ -235,4 +239,9 @@ class Recipe(Section):
             raise ValueError(
                 f"student.backbone.kind: data set {self.dataset!r} needs {fitting!r}, "
                 f"got {self.student.backbone.kind!r}"
+            )
+        if self.student.tail.kind == "pointwise" and fitting != "dscnn":
+            raise ValueError(
+                "student.tail.kind: a pointwise tail needs a latent with positions, which only "
+                "a dscnn backbone gives; take linear or mlp"
             )

@@ -103,7 +103,9 @@ def split_dataset(
         base: Classes of the pre-training.
         new: Classes that devices meet later.
         shares: Of ``test``, ``anchors``, ``holdout`` and ``traffic``, each in [0, 1).
-        held_groups: Groups kept out of ``train``; their share of it becomes ``traffic``.
+        held_groups: Groups kept out of ``train`` and ``stream``. What they would add to
+            ``train`` becomes ``traffic``; what they would add to ``stream`` is left out, for a
+            speaker heard on new classes alone would teach the speaker, not the class.
         seed: Same seed, same split.
 
     Raises:
@@ -122,8 +124,10 @@ def split_dataset(
             *pieces, rest = np.split(rows, marks)
             for name, piece in zip(names, pieces, strict=True):
                 parts[name].append(piece)
-            home = "stream" if label not in base else "traffic" if group in held else "train"
-            parts[home].append(rest)
+            if label in base:
+                parts["traffic" if group in held else "train"].append(rest)
+            elif group not in held:
+                parts["stream"].append(rest)
     return Split(
         **{
             name: np.sort(np.concatenate(pieces or [np.zeros(0, np.int64)])).astype(np.int64)

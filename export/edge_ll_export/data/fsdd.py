@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import os
 import re
 import urllib.request
@@ -45,7 +46,7 @@ def load_fsdd(*, folder: Path | None = None, fetch: Fetch | None = None) -> Data
     """The recordings as int16 ``[3000, 8000]``: one second from the start, zeros behind.
 
     Recordings are trimmed at both ends by their makers, so the start is where speech begins;
-    the 3 % that last longer than a second lose their end.
+    the 0.7 % that last longer than a second lose their end.
 
     Args:
         folder: Where ``fsdd.npz`` lies; by default ``$EDGE_LL_DATA``, else the user's cache.
@@ -83,7 +84,7 @@ def download_fsdd(target: Path, *, fetch: Fetch | None = None) -> Arrays:
     # Written aside and renamed, so that a broken run never leaves half a file in the cache.
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     with part.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **dict(arrays))
+        np.savez_compressed(file, **{key: arrays[key] for key in _KEYS})  # type: ignore[arg-type]
     part.replace(target)
     return arrays
 
@@ -164,7 +165,7 @@ def _dataset(arrays: Arrays) -> Dataset:
     offsets, samples = arrays["offsets"], arrays["samples"]
     length = SPEC.shape[0]
     x = np.zeros((len(offsets) - 1, length), np.int16)
-    for row, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (start, stop) in enumerate(itertools.pairwise(offsets)):
         clip = samples[start : min(stop, start + length)]
         x[row, : len(clip)] = clip
     return Dataset(

@@ -1,0 +1,195 @@
+"""``edge-ll-agent``: run the agent, ask how it is, and try a bundle by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edge_ll import __version__, config, logs
+from edge_ll.errors import EdgeLLError
+
+if TYPE_CHECKING:
+    from edge_ll_device.student import Student
+
+log = logging.getLogger(__name__)
+
+OK, FAILED = 0, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; 0 when it worked, 2 when it could not, with the reason on standard error."""
+    arguments = _parser().parse_args(argv)
+    logs.configure(level=arguments.log_level, style=arguments.log_format)
+    try:
+        code: int = arguments.run(arguments)
+    except EdgeLLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-ll-agent", description="The edge_ll agent: a student that learns on this device."
+    )
+    parser.add_argument("--version", action="version", version=f"edge-ll {__version__}")
+    parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    run = _verb(verbs, "run", "run the agent until it is told to stop", _run,
+                "edge-ll-agent run --config agent.toml")  # fmt: skip
+    run.add_argument("--config", type=Path, required=True, help="the agent's TOML file")
+    status = _verb(verbs, "status", "what the agent runs, learned, and why it learns or not",
+                   _status, "edge-ll-agent status --config agent.toml --json")  # fmt: skip
+    status.add_argument("--config", type=Path, required=True, help="the agent's TOML file")
+    status.add_argument("--json", action="store_true", help="one JSON object")
+    predict = _verb(verbs, "predict", "predict samples with a bundle", _predict,
+                    "edge-ll-agent predict my.bundle --trust key.pub --input x.npy")  # fmt: skip
+    _bundle_arguments(predict)
+    predict.add_argument("--input", type=Path, required=True, help=".npy file, [N, *input]")
+    learn = _verb(verbs, "learn", "learn a recorded stream, without a fleet", _learn,
+                  "edge-ll-agent learn digits.bundle --trust key.pub --stream s.npz")  # fmt: skip
+    _bundle_arguments(learn)
+    learn.add_argument("--stream", type=Path, required=True, help=".npz: x, label, experience")
+    learn.add_argument("--no-replay", action="store_true", help="learn naively, and forget")
+    return parser
+
+
+def _verb(verbs: Any, name: str, text: str, run: Any, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=text, description=text, epilog=f"example: {example}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="a signed bundle")
+    parser.add_argument("--trust", type=Path, required=True, help="public key (*.pub)")
+    parser.add_argument("--engine", choices=("auto", "step-graph", "ort-training"), default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_ll.transport.mqtt import MqttTransport
+    from edge_ll.trust import TrustStore
+    from edge_ll_device.agent import Agent, last_will
+    from edge_ll_device.config import AgentConfig
+    from edge_ll_device.store import Store
+
+    settings = config.load(arguments.config, AgentConfig)
+    session = secrets.token_hex(8)
+    transport = MqttTransport(
+        settings.broker.url,
+        client_id=f"{settings.tenant}-{settings.device}",
+        will=last_will(settings, session),
+        keepalive_s=settings.broker.keepalive_s,
+    )
+    store = Store(settings.state_path, TrustStore.from_hex(settings.trusted_keys))
+    agent = Agent(settings, transport, store, session=session)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    log.info("agent.started", extra={"device": settings.device, "session": session})
+    try:
+        agent.run()
+    finally:
+        transport.close()
+    log.info("agent.stopped", extra={"device": settings.device})
+    return OK
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edge_ll_device.config import AgentConfig
+    from edge_ll_device.store import read_status
+
+    settings = config.load(arguments.config, AgentConfig)
+    status = read_status(settings.state_path)
+    if status is None:
+        print(f"the agent has not run yet: {settings.state_path} holds no status", file=sys.stderr)
+        return FAILED
+    if arguments.json:
+        print(msgspec.json.encode(status).decode())
+        return OK
+    for key, value in status.items():
+        print(f"{key.replace('_', ' '):18} {_plain(value)}")
+    return OK
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from edge_ll.errors import DataError
+
+    student = _student(arguments, replay=True)
+    try:
+        x = np.load(arguments.input, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{arguments.input}: expected an .npy array: {error}") from error
+    for sample in x:
+        student.learner.check(sample, None)
+    classes, confidences = student.learner.predict(student.learner.encode(x))
+    labels = student.bundle.manifest.labels
+    answers = [
+        {"label": labels[c], "confidence": round(float(p), 4)}
+        for c, p in zip(classes, confidences, strict=True)
+    ]
+    if arguments.json:
+        print(msgspec.json.encode({"predictions": answers}).decode())
+    else:
+        for number, answer in enumerate(answers):
+            print(f"{number:6}  {answer['label']:16} {answer['confidence']:.4f}")
+    return OK
+
+
+def _learn(arguments: argparse.Namespace) -> int:
+    from edge_ll_device.offline import learn_stream
+    from edge_ll_device.source import RecordedStream
+
+    student = _student(arguments, replay=not arguments.no_replay)
+    result = learn_stream(student, RecordedStream(arguments.stream))
+    if arguments.json:
+        print(msgspec.json.encode(result).decode())
+        return OK
+    for number, row in enumerate(result["anchors"]):
+        cells = "  ".join(f"{name} {counts.accuracy:.3f}" for name, counts in row.items())
+        print(f"after experience {number}:  {cells}")
+    print(f"seen {result['seen']}, learned {result['learned']}, refused {result['refused']}")
+    print(f"drift alarm: {'yes' if result['drift'] else 'no'}")
+    return OK
+
+
+def _student(arguments: argparse.Namespace, *, replay: bool) -> Student:
+    from edge_ll.bundle import Bundle
+    from edge_ll.engine.load import open_engine
+    from edge_ll.trust import TrustStore
+    from edge_ll_device.config import LearningConfig
+    from edge_ll_device.student import Student
+
+    trust = TrustStore.from_file(arguments.trust)
+    bundle = Bundle.open(arguments.bundle, trust)
+    engine = open_engine(bundle, arguments.engine, threads=arguments.threads)
+    return Student(bundle, engine, LearningConfig(replay=replay, seed=arguments.seed))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(_plain(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Drift with a false-alarm promise: a Shiryaev-Roberts e-detector on bounded scores.
+
+Shin, Ramdas and Rinaldo, "E-detectors" (NEJSDS 2024): for scores in [0, 1] whose mean is at most m
+while nothing drifts, each bet k follows ``M_k <- (M_k + 1)(1 + λ_k (x - m))``; the mean of the M_k
+reaches A after A samples on average or later, so an alarm at A keeps that average run length.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_ll.engine.port import Float32
+from edge_ll.manifest import DriftDefaults
+from edge_ll.messages import Evidence
+from edge_ll.novelty import NoveltyReference
+
+BETS = 8
+_LARGEST_BET = 0.98  # of the bet at which a score of zero would end the game
+_STANDARD_ERRORS = 3.0
+
+
+class EDetector:
+    """Two-sided: evidence that the mean of scores in [0, 1] has left [low, high].
+
+    Args:
+        low: Smallest mean without drift.
+        high: Largest mean without drift.
+        average_run_length: A: samples between false alarms, on average, at least.
+    """
+
+    def __init__(self, *, low: float, high: float, average_run_length: float) -> None:
+        if not 0 < low <= high < 1:
+            raise ValueError(f"expected 0 < low <= high < 1, got low={low}, high={high}")
+        # A fall of x below `low` is a rise of 1 - x above 1 - low.
+        self._means = np.array([high, 1 - low])[:, None]
+        shares = np.geomspace(0.1, 1.0, BETS)
+        targets = self._means + (1 - self._means) * shares
+        bets = (targets - self._means) / (self._means * (1 - self._means))
+        self._bets = np.minimum(bets, _LARGEST_BET / self._means)
+        self._log_m = np.full(self._bets.shape, -np.inf)
+        self._threshold = math.log(average_run_length)
+        self._peak = -math.inf
+        self._n = 0
+
+    def update(self, x: float) -> None:
+        """Take one score in [0, 1]."""
+        sides = np.array([x, 1 - x])[:, None]
+        self._log_m = np.logaddexp(self._log_m, 0.0) + np.log1p(self._bets * (sides - self._means))
+        self._n += 1
+        self._peak = max(self._peak, self.log_evidence)
+
+    @property
+    def log_evidence(self) -> float:
+        """Logarithm of the mean of all M."""
+        return float(np.logaddexp.reduce(self._log_m, axis=None)) - math.log(self._log_m.size)
+
+    @property
+    def alarm(self) -> bool:
+        """Whether the evidence has ever reached the threshold."""
+        return self._peak >= self._threshold
+
+    def evidence(self) -> Evidence:
+        """The state for a report; shown as 0 before the first score."""
+        now, peak = (self.log_evidence, self._peak) if self._n else (0.0, 0.0)
+        return Evidence(now=now, peak=peak, threshold=self._threshold, n=self._n)
+
+
+class DriftMonitor:
+    """Watches how new the latents look beside the bundle's reference.
+
+    It is fed what the reference should cover: unlabelled samples and samples labelled with a class
+    of the pre-training data. A sample labelled with a class learned later is new by right.
+    """
+
+    def __init__(
+        self, reference: NoveltyReference, settings: DriftDefaults, rng: np.random.Generator
+    ) -> None:
+        self._reference = reference
+        self._rng = rng
+        # Ranks in a reference of n samples have mean 1/2 up to the reference's own error.
+        margin = _STANDARD_ERRORS / math.sqrt(12 * max(len(reference.scores), 1))
+        margin = min(margin + settings.tolerance, 0.45)
+        self._novelty = EDetector(
+            low=0.5 - margin,
+            high=0.5 + margin,
+            average_run_length=settings.average_run_length,
+        )
+
+    def observe(self, latents: Float32) -> npt.NDArray[np.float64]:
+        """Take latents float32 [N, ...]; their ranks [N] in (0, 1), high where they look new."""
+        ranks = self._reference.rank(self._reference.score(latents), self._rng)
+        for rank in ranks.tolist():
+            self._novelty.update(rank)
+        return ranks
+
+    @property
+    def alarm(self) -> bool:
+        """Whether any signal has raised an alarm."""
+        return self._novelty.alarm
+
+    def evidence(self) -> dict[str, Evidence]:
+        """State per signal."""
+        return {"novelty": self._novelty.evidence()}

@@ -1,0 +1,158 @@
+"""The onnxruntime-training engine: gradients and optimizer by the runtime's own training API.
+
+It uses the runtime's C classes directly, since ``onnxruntime.training`` imports torch. They read
+models from paths only, so the bundle's files are laid in a private folder under fixed names.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnxruntime.capi import _pybind_state as native
+
+from edge_ll.bundle import BACKBONE, ORT_TRAINING, TAIL, Bundle
+from edge_ll.engine.port import (
+    Batch,
+    EngineInfo,
+    EngineState,
+    Float32,
+    check_batch,
+    check_theta,
+)
+from edge_ll.engine.runtime import RuntimeOptions, open_session, runtime_name, session_options
+from edge_ll.engine.step_graph import run
+from edge_ll.errors import EngineError
+
+TRAINING, EVAL, OPTIMIZER = "training_model.onnx", "eval_model.onnx", "optimizer_model.onnx"
+CHECKPOINT = "checkpoint"
+FILES = (TRAINING, EVAL, OPTIMIZER, CHECKPOINT)
+
+
+def is_available() -> bool:
+    """Whether the installed onnxruntime can train."""
+    return hasattr(native, "Module") and hasattr(native, "load_checkpoint")
+
+
+class OrtTrainingEngine:
+    """See :class:`edge_ll.engine.Engine`."""
+
+    def __init__(self, bundle: Bundle, options: RuntimeOptions) -> None:
+        if not is_available():
+            raise EngineError(
+                f"the engine ort-training needs onnxruntime-training, found {runtime_name()}; run: "
+                'pip install "edge-ll[device-ort-training]" in a venv of its own, or use the '
+                "engine step-graph, which this runtime can run"
+            )
+        self._manifest = bundle.manifest
+        self._options = options
+        self._backbone = open_session(BACKBONE, bundle.read(BACKBONE), options)
+        self._tail = open_session(TAIL, bundle.read(TAIL), options)
+        self._files = tempfile.TemporaryDirectory(prefix="edge-ll-")
+        for name in FILES:
+            (self._folder / name).write_bytes(bundle.read(ORT_TRAINING + name))
+        self._open(self._folder / CHECKPOINT)
+        self.set_theta(bundle.theta())
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self._files.name)
+
+    def _open(self, checkpoint: Path) -> None:
+        """Build module and optimizer around a checkpoint."""
+        device = native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memory(), 0)
+        settings = session_options(self._options)
+        try:
+            state = native.load_checkpoint(str(checkpoint))
+            module = native.Module(
+                str(self._folder / TRAINING), state, str(self._folder / EVAL), device, settings
+            )
+            optimizer = native.Optimizer(str(self._folder / OPTIMIZER), state, device, settings)
+        except Exception as error:  # the runtime's exceptions share no base
+            raise EngineError(f"{runtime_name()} refuses the artifacts: {error}") from error
+        optimizer.set_learning_rate(self._manifest.learner.learning_rate)
+        self._state, self._module, self._optimizer = state, module, optimizer
+        self._inputs = module.input_names(True)
+        self._theta = self._read_theta()
+
+    def _parameter(self, name: str) -> Any:
+        return self._state.get_parameter(f"tail.{name}")
+
+    def _read_theta(self) -> Float32:
+        parts = [self._parameter(e.name).data.numpy().reshape(-1) for e in self._manifest.theta]
+        return np.concatenate(parts)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What really runs."""
+        return EngineInfo("ort-training", self._backbone.get_providers()[0], runtime_name())
+
+    @property
+    def theta(self) -> Float32:
+        """A copy of θ, float32 [P]."""
+        return self._theta.copy()
+
+    def set_theta(self, theta: Float32) -> None:
+        """Replace θ; the optimizer starts anew."""
+        theta = check_theta(theta, self._manifest.theta_size)
+        self._open(self._folder / CHECKPOINT)
+        for entry in self._manifest.theta:
+            part = theta[entry.offset : entry.offset + entry.size].reshape(entry.shape)
+            value = native.OrtValue.ortvalue_from_numpy(
+                np.ascontiguousarray(part),
+                native.OrtDevice(native.OrtDevice.cpu(), native.OrtDevice.default_memory(), 0),
+            )
+            self._state.copy_parameter_from(f"tail.{entry.name}", value)
+        self._theta = self._read_theta()
+
+    def latents(self, x: npt.NDArray[Any]) -> Float32:
+        """Run the backbone."""
+        latents: Float32 = run(self._backbone, ["latents"], {"x": x})[0]
+        return latents
+
+    def logits(self, latents: Float32) -> Float32:
+        """Run the tail."""
+        feeds = {"latents": latents, "theta": self._theta}
+        logits: Float32 = run(self._tail, ["logits"], feeds)[0]
+        return logits
+
+    def step(self, batch: Batch) -> float:
+        """One optimizer step."""
+        check_batch(batch, self._manifest.latent.shape, self._manifest.capacity)
+        named = batch._asdict()
+        fetches = native.OrtValueVector()
+        try:
+            self._module.train_step([named[name] for name in self._inputs], fetches)
+        except Exception as error:  # the runtime's exceptions share no base
+            self._module.lazy_reset_grad()
+            raise EngineError(f"step: {error}") from error
+        loss = float(fetches[0].numpy())
+        gradients = (self._parameter(e.name).grad.numpy() for e in self._manifest.theta)
+        if not (np.isfinite(loss) and all(np.isfinite(g).all() for g in gradients)):
+            self._module.lazy_reset_grad()
+            raise EngineError(
+                f"step: loss {loss}; expected finite loss and gradients. θ is unchanged; lower "
+                "the learning rate or look at the batch"
+            )
+        self._optimizer.optimizer_step()
+        self._module.lazy_reset_grad()
+        self._theta = self._read_theta()
+        return loss
+
+    def state(self) -> EngineState:
+        """A copy of θ and, as a checkpoint file's bytes, of the optimizer."""
+        path = self._folder / "saved"
+        native.save_checkpoint(self._state, str(path), True)
+        return EngineState(self.theta, path.read_bytes())
+
+    def restore(self, state: EngineState) -> None:
+        """Go back to a state, bit for bit."""
+        theta = check_theta(state.theta, self._manifest.theta_size)
+        path = self._folder / "saved"
+        path.write_bytes(state.optimizer)
+        self._open(path)
+        if not np.array_equal(self._theta, theta):
+            raise EngineError("the saved checkpoint does not hold the saved θ")

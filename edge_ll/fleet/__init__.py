@@ -1,0 +1,1 @@
+"""The fleet server: takes in reports, merges what devices learned, steers rollouts."""

@@ -1,0 +1,230 @@
+"""From a trained student to a signed bundle that was opened again and compared with torch."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+
+from edge_ll import __version__
+from edge_ll.bundle import BACKBONE, RECIPE, STEP, TAIL, THETA, Bundle, write_bundle
+from edge_ll.engine.load import open_engine
+from edge_ll.errors import ExportError
+from edge_ll.manifest import (
+    ArraySpec,
+    DriftDefaults,
+    EngineName,
+    LearnerDefaults,
+    Manifest,
+    Provenance,
+    TensorSpec,
+)
+from edge_ll.novelty import fit_novelty
+from edge_ll.quantize import LatentQuantizer
+from edge_ll.trust import Signer, TrustStore
+from edge_ll_export.graphs import export_backbone, export_tail
+from edge_ll_export.ort_artifacts import export_ort_artifacts, why_not
+from edge_ll_export.parity import TOLERANCE, Parity, check_parity, require_parity
+from edge_ll_export.pipeline import Trained
+from edge_ll_export.recipe import Recipe
+from edge_ll_export.step_graph import export_step_graph
+from edge_ll_export.tail_loss import flatten_theta, theta_layout
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+OnStage = Callable[[str], None]
+
+_ENCODE_BATCH = 256
+
+
+def export_bundle(
+    trained: Trained,
+    path: Path,
+    signer: Signer,
+    *,
+    version: int = 1,
+    on_stage: OnStage | None = None,
+) -> tuple[Bundle, list[Parity]]:
+    """Write the bundle, open it again, and hold every engine in it against torch.
+
+    Args:
+        trained: The student and what it was made from.
+        path: Where the bundle goes.
+        signer: Signs it.
+        version: Of the bundle; a device takes only a higher one than it runs.
+        on_stage: Told what is being done.
+
+    Returns:
+        The opened bundle, and the agreement of each engine with torch.
+
+    Raises:
+        ExportError: A graph cannot be exported, or disagrees with torch.
+    """
+    told = on_stage or (lambda _: None)
+    recipe, student = trained.recipe, trained.student
+    learner = learner_defaults(recipe, student.latent_shape)
+    shape = student.latent_shape
+    told("backbone")
+    example = torch.from_numpy(trained.dataset.x[trained.split.train[:3]])
+    files = {
+        BACKBONE: export_backbone(student.backbone, example),
+        THETA: flatten_theta(student.tail).numpy().astype("<f4").tobytes(),
+        RECIPE: msgspec.json.encode(recipe),
+    }
+    told("inference graph")
+    files[TAIL] = export_tail(student.tail, shape)
+    told("step graph")
+    files[STEP] = export_step_graph(student.tail, shape, learner.optimizer)
+    engines: tuple[EngineName, ...] = ("step-graph",)
+    if why_not(learner) is None:
+        told("onnxruntime-training artifacts")
+        files |= export_ort_artifacts(student.tail, shape, learner)
+        engines = ("step-graph", "ort-training")
+    told("reference statistics")
+    arrays = _arrays(trained)
+    files |= {f"arrays/{name}": _raw(array) for name, array in arrays.items()}
+    manifest = _manifest(trained, learner, engines, arrays, version)
+    write_bundle(path, manifest, files, signer)
+    told("parity with torch")
+    bundle = Bundle.open(path, TrustStore([signer.public_key]))
+    _check_backbone(bundle, trained)
+    parities = [check_parity(bundle, engine, student.tail) for engine in engines]
+    for parity in parities:
+        require_parity(parity)
+    return bundle, parities
+
+
+def learner_defaults(recipe: Recipe, latent_shape: tuple[int, ...]) -> LearnerDefaults:
+    """The recipe's learner in the manifest's words, its buffer within both of its limits."""
+    learner = recipe.learner
+    entry_bytes = math.prod(latent_shape) + np.dtype(np.int64).itemsize
+    return LearnerDefaults(
+        optimizer=learner.optimizer,
+        learning_rate=learner.lr,
+        weight_decay=learner.weight_decay,
+        clip_norm=learner.clip_norm,
+        momentum=learner.momentum,
+        batch_new=learner.batch_new,
+        batch_replay=learner.batch_replay,
+        steps_per_batch=learner.steps_per_batch,
+        buffer_entries=min(learner.buffer_entries, learner.buffer_bytes // entry_bytes),
+    )
+
+
+def _arrays(trained: Trained) -> Arrays:
+    """Everything numeric that the device gets beside the graphs."""
+    recipe, split, y = trained.recipe, trained.split, trained.dataset.y
+    train = _latents(trained, split.train)
+    quantizer = LatentQuantizer.fit(train)
+    unseen = np.concatenate([split.holdout, split.anchors])
+    unseen = unseen[np.isin(y[unseen], recipe.classes.base)]
+    novelty = fit_novelty(
+        train, y[split.train], _latents(trained, unseen), directions=recipe.drift.components
+    )
+    exemplars = _exemplars(trained)
+    return {
+        "latent_scale": quantizer.scale,
+        "latent_zero": quantizer.zero,
+        "anchor_latents": quantizer.encode(_latents(trained, split.anchors)),
+        "anchor_labels": y[split.anchors],
+        "exemplar_latents": quantizer.encode(_latents(trained, exemplars)),
+        "exemplar_labels": y[exemplars],
+        **{f"novelty_{field}": array for field, array in novelty._asdict().items()},
+    }
+
+
+def _exemplars(trained: Trained) -> npt.NDArray[np.int64]:
+    """Training samples that fill the device's replay buffer at first: as many of each class."""
+    recipe, train = trained.recipe, trained.split.train
+    share = recipe.learner.buffer_entries // len(recipe.classes.base)
+    rng = np.random.default_rng(recipe.seed)
+    labels = trained.dataset.y[train]
+    chosen = [rng.permutation(train[labels == c])[:share] for c in recipe.classes.base]
+    return rng.permutation(np.concatenate(chosen))
+
+
+def _latents(trained: Trained, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    x = trained.dataset.x[rows]
+    with torch.inference_mode():
+        parts = [
+            trained.student.backbone(torch.from_numpy(x[at : at + _ENCODE_BATCH])).numpy()
+            for at in range(0, len(x), _ENCODE_BATCH)
+        ]
+    return np.concatenate(parts)
+
+
+def _manifest(
+    trained: Trained,
+    learner: LearnerDefaults,
+    engines: tuple[EngineName, ...],
+    arrays: Arrays,
+    version: int,
+) -> Manifest:
+    recipe, spec = trained.recipe, trained.dataset.spec
+    groups = {"base": recipe.classes.base} | {
+        f"experience-{i}": classes for i, classes in enumerate(recipe.classes.experiences, 1)
+    }
+    described = {
+        name: ArraySpec(file=f"arrays/{name}", dtype=a.dtype.name, shape=a.shape)  # type: ignore[arg-type]
+        for name, a in arrays.items()
+    }
+    versions = {
+        "edge-ll": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "onnx": onnx.__version__,
+    }
+    metrics = trained.metrics
+    return Manifest(
+        name=recipe.name,
+        version=version,
+        input=TensorSpec(shape=spec.shape, dtype=spec.dtype),  # type: ignore[arg-type]
+        latent=TensorSpec(shape=trained.student.latent_shape, dtype="float32"),
+        labels=recipe.classes.labels,
+        base_classes=recipe.classes.base,
+        known_classes=recipe.classes.base,
+        theta=theta_layout(trained.student.tail),
+        engines=engines,
+        learner=learner,
+        drift=DriftDefaults(
+            average_run_length=recipe.drift.average_run_length, tolerance=recipe.drift.tolerance
+        ),
+        anchor_groups=groups,
+        arrays=described,
+        files={},
+        provenance=Provenance(
+            recipe=recipe.name,
+            created_at_s=time.time(),
+            versions=versions,
+            metrics={
+                "teacher_acc": metrics.teacher_acc,
+                "student_acc": metrics.student_acc,
+                "student_acc_without_teacher": metrics.student_acc_without_teacher,
+            },
+        ),
+    )
+
+
+def _check_backbone(bundle: Bundle, trained: Trained) -> None:
+    """The exported backbone must give torch's latents on real samples."""
+    rows = trained.split.anchors
+    got = open_engine(bundle).latents(trained.dataset.x[rows])
+    expected = _latents(trained, rows)
+    worst = float(np.abs(got - expected).max())
+    scale = max(1.0, float(np.abs(expected).max()))
+    if not worst <= TOLERANCE * scale:
+        raise ExportError(
+            f"backbone: its latents differ from torch's by {worst:.2e}; allowed "
+            f"{TOLERANCE * scale:.1e}"
+        )
+
+
+def _raw(array: npt.NDArray[np.generic]) -> bytes:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
