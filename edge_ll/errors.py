@@ -52,6 +52,10 @@ class DataError(EdgeLLError):
     """A data set is missing, damaged, or not in the project's form."""
 
 
+class RegistryError(EdgeLLError):
+    """The fleet's registry cannot be opened, is of an unknown schema, or refused a statement."""
+
+
 class ExportError(EdgeLLError):
     """The export failed or its result disagrees with torch."""
 

@@ -211,7 +211,6 @@ class Drift(Section, frozen=True, kw_only=True):
 class Gate(Section, frozen=True, kw_only=True):
     """What merged weights must meet on the holdout before they are signed."""
 
-    min_accuracy: Annotated[float, Meta(ge=0.0, le=1.0, description="On all classes seen")] = 0.85
     max_forgetting: Annotated[
         float, Meta(ge=0.0, le=1.0, description="Loss of accuracy on the base classes")
     ] = 0.05

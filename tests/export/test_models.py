@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from edge_ll.config import load
 from edge_ll_export.recipe import Recipe
@@ -108,9 +109,15 @@ def test_the_plain_norm_is_layer_norm():
 
 def test_a_pointwise_tail_needs_positions():
     from edge_ll_export.models import build_tail
+    from edge_ll_export.models.tails import PointwiseTail
+    from edge_ll_export.recipe import Tail
 
+    recipe = _recipe("fsdd")
+    student = replace(recipe.student, tail=Tail(kind="pointwise", hidden=(8,)))
+    pointwise = replace(recipe, student=student)
+    assert isinstance(build_tail(pointwise, (40, 16)), PointwiseTail)
     with pytest.raises(ValueError, match=r"needs latents \[C, T\], got \[256\]"):
-        build_tail(_recipe("fsdd"), (256,))
+        build_tail(pointwise, (256,))
 
 
 def test_log_mel_is_what_an_fft_gives():

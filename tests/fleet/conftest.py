@@ -1,4 +1,4 @@
-"""Tiny signed bundles, a scripted device, and a numpy engine."""
+"""Tiny signed bundles, a scripted device, and a server on the in-memory broker."""
 
 import hashlib
 import threading
@@ -7,11 +7,7 @@ import time
 import numpy as np
 import pytest
 
-pytest.importorskip("sqlalchemy", reason="the fleet extra is not installed")
-
 from edge_ll.bundle import write_bundle
-from edge_ll.engine.port import Batch, EngineInfo, EngineState, check_theta
-from edge_ll.fleet.registry import Registry
 from edge_ll.manifest import (
     DriftDefaults,
     LearnerDefaults,
@@ -108,6 +104,8 @@ def make_bundle(tmp_path, signer):
 
 @pytest.fixture
 def registry(tmp_path):
+    from edge_ll.fleet.registry import Registry  # absent without the fleet extra
+
     registry = Registry(tmp_path / "fleet.sqlite3")
     yield registry
     registry.close()
@@ -272,46 +270,6 @@ def make_device(broker):
         device.transport.close()
 
 
-class LinearEngine:
-    """A numpy engine: the latent is the input, the tail one matrix."""
-
-    def __init__(self):
-        self.calls = 0
-        self._theta = np.zeros(LATENT * CLASSES, np.float32)
-
-    @property
-    def info(self):
-        return EngineInfo("fake", "CPU", "numpy")
-
-    @property
-    def theta(self):
-        return self._theta.copy()
-
-    def set_theta(self, theta):
-        self._theta = check_theta(theta, LATENT * CLASSES)
-
-    def latents(self, x):
-        self.calls += 1
-        return x.astype(np.float32)
-
-    def logits(self, latents):
-        return latents @ self._theta.reshape(LATENT, CLASSES)
-
-    def step(self, batch: Batch):
-        raise NotImplementedError
-
-    def state(self):
-        return EngineState(self.theta, b"")
-
-    def restore(self, state):
-        self._theta = state.theta.copy()
-
-
-@pytest.fixture
-def engine():
-    return LinearEngine()
-
-
 @pytest.fixture
 def make_tail():
     return tail
@@ -329,3 +287,44 @@ def wait_for(condition, timeout_s=5.0):
 @pytest.fixture(name="wait_for")
 def wait_for_fixture():
     return wait_for
+
+
+@pytest.fixture
+def transport(broker):
+    transport = MemoryTransport(broker, client_id="fleet")
+    yield transport
+    transport.close()
+
+
+@pytest.fixture
+def server(transport, registry, tmp_path, trust, signer):
+    from edge_ll.fleet.server import FleetServer
+
+    server = FleetServer(
+        transport, registry, tenant="home", folder=tmp_path / "data", trust=trust, signer=signer
+    )
+    server.start()
+    transport.connect(1.0)
+    yield server
+    server.stop()
+    assert transport.handler_errors == 0
+
+
+@pytest.fixture
+def rejected(registry):
+    return lambda: {(row.device, row.reason): row.count for row in registry.rejected("home")}
+
+
+@pytest.fixture
+def ready(server, make_bundle, make_device, make_birth, wait_for):
+    """Devices that were born and know the offer of a pushed bundle."""
+
+    def make(*names, **options):
+        ref = server.push(make_bundle(**options))
+        devices = [make_device(name) for name in names]
+        for device in devices:
+            device.send(make_birth())
+        wait_for(lambda: all(device.offers for device in devices))
+        return ref, *devices
+
+    return make

@@ -1,0 +1,188 @@
+"""The verbs of the server side: ``train``, ``export``, ``inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_ll.errors import DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    from edge_ll.bundle import Bundle
+    from edge_ll_export.parity import Parity
+
+CHECK_FAILED = 1
+
+
+def add_train(subparsers: Any) -> None:
+    """Add ``train``."""
+    train = _verb(subparsers, "train", "pre-train a teacher and distil a student from it", _train,
+                  "edge-ll train export/recipes/digits.toml --out runs/digits")  # fmt: skip
+    train.add_argument("recipe", type=Path, help="a recipe in TOML")
+    train.add_argument("--out", type=Path, required=True, help="folder for the trained student")
+
+
+def add_export(subparsers: Any) -> None:
+    """Add ``export``."""
+    export = _verb(subparsers, "export", "turn a trained student into a signed bundle", _export,
+                   "edge-ll export runs/digits --out my.bundle --key signing.pem")  # fmt: skip
+    export.add_argument("run_folder", type=Path, help="folder written by `edge-ll train`")
+    export.add_argument("--out", type=Path, required=True, help="the bundle to write")
+    export.add_argument(
+        "--key", type=Path, required=True, help="private key; made, with its .pub, if missing"
+    )
+    export.add_argument("--version", type=int, default=1, help="version of the bundle (1)")
+
+
+def add_inspect(subparsers: Any) -> None:
+    """Add ``inspect``."""
+    inspect = _verb(subparsers, "inspect", "show what a bundle holds", _inspect,
+                    "edge-ll inspect my.bundle --trust signing.pem.pub")  # fmt: skip
+    _bundle(inspect)
+
+
+def add_verify(subparsers: Any) -> None:
+    """Add ``verify``."""
+    verify = _verb(subparsers, "verify", "check a bundle, and its engines against torch", _verify,
+                   "edge-ll verify my.bundle --trust signing.pem.pub")  # fmt: skip
+    _bundle(verify)
+    verify.add_argument("--engine", choices=("all", "step-graph", "ort-training"), default="all")
+    verify.add_argument("--steps", type=int, default=10, help="training steps to compare (10)")
+
+
+def _verb(subparsers: Any, name: str, text: str, run: Any, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=text, description=text, epilog=f"example: {example}"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _bundle(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="a bundle's file")
+    parser.add_argument("--trust", type=Path, required=True, help="public key (*.pub)")
+
+
+def _open(arguments: argparse.Namespace) -> Bundle:
+    from edge_ll.bundle import Bundle
+    from edge_ll.trust import TrustStore
+
+    if not arguments.bundle.exists():
+        raise DataError(f"{arguments.bundle} does not exist; expected a bundle's file")
+    return Bundle.open(arguments.bundle, TrustStore.from_file(arguments.trust))
+
+
+def _need_export(feature: str) -> None:
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(feature, "export") from error
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    _need_export("training")
+    from dataclasses import asdict
+
+    from edge_ll import config
+    from edge_ll_export.pipeline import save_trained, train
+    from edge_ll_export.recipe import Recipe
+
+    recipe = config.load(arguments.recipe, Recipe)
+
+    def told(stage: str, epoch: int, epochs: int, loss: float) -> None:
+        if not arguments.json and (epoch == epochs or epoch % 10 == 0):
+            print(f"{stage}: epoch {epoch}/{epochs}, loss {loss:.4f}", flush=True)
+
+    trained = train(recipe, on_progress=told)
+    save_trained(trained, arguments.out, arguments.recipe)
+    metrics = asdict(trained.metrics)
+    if arguments.json:
+        print(json.dumps(metrics))
+    else:
+        for name, value in metrics.items():
+            print(f"{name:28} {value:.4f}")
+        print(
+            f"next: edge-ll export {arguments.out} --out {recipe.name}-1.bundle --key signing.pem"
+        )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    _need_export("exporting")
+    from edge_ll.trust import Signer
+    from edge_ll_export.pack import export_bundle
+    from edge_ll_export.pipeline import load_trained
+
+    trained = load_trained(arguments.run_folder)
+    signer = Signer.load_or_create(arguments.key)
+    bundle, parities = export_bundle(
+        trained,
+        arguments.out,
+        signer,
+        version=arguments.version,
+        on_stage=lambda text: None if arguments.json else print(f"- {text}", flush=True),
+    )
+    return _print_parities(bundle, parities, arguments)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    bundle = _open(arguments)
+    manifest = bundle.manifest
+    if arguments.json:
+        plain = msgspec.to_builtins(manifest)
+        print(json.dumps({"digest": bundle.digest, "signed_by": bundle.key_id} | plain))
+        return 0
+    rows = {
+        "bundle": f"{manifest.name} version {manifest.version}, format {manifest.format}",
+        "digest": bundle.digest,
+        "signed by": bundle.key_id,
+        "size": f"{bundle.size_bytes:,} bytes in {len(manifest.files)} files",
+        "input": f"{manifest.input.dtype} {list(manifest.input.shape)}",
+        "latent": f"{manifest.latent.dtype} {list(manifest.latent.shape)}",
+        "tail": f"{manifest.theta_size:,} parameters in {len(manifest.theta)} tensors",
+        "labels": ", ".join(manifest.labels),
+        "knows": ", ".join(manifest.labels[c] for c in manifest.known_classes),
+        "engines": ", ".join(manifest.engines),
+        "made from": manifest.provenance.recipe,
+        "merged from": ", ".join(manifest.provenance.merged_from) or "-",
+        "metrics": ", ".join(f"{k} {v:.4f}" for k, v in manifest.provenance.metrics.items()),
+    }
+    for name, value in rows.items():
+        print(f"{name:12} {value}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    bundle = _open(arguments)
+    _need_export("comparing engines with torch")
+    from edge_ll_export.parity import check_parity, tail_of
+
+    tail = tail_of(bundle)
+    engines = bundle.manifest.engines if arguments.engine == "all" else (arguments.engine,)
+    parities = [check_parity(bundle, name, tail, steps=arguments.steps) for name in engines]
+    return _print_parities(bundle, parities, arguments)
+
+
+def _print_parities(bundle: Bundle, parities: list[Parity], arguments: argparse.Namespace) -> int:
+    import msgspec
+
+    ok = all(parity.ok for parity in parities)
+    if arguments.json:
+        plain = [msgspec.to_builtins(parity) | {"ok": parity.ok} for parity in parities]
+        print(json.dumps({"digest": bundle.digest, "ok": ok, "engines": plain}))
+    else:
+        print(f"{bundle.manifest.name} {bundle.manifest.version}: {bundle.size_bytes:,} bytes, "
+              f"signed by {bundle.key_id}, all hashes match")  # fmt: skip
+        for parity in parities:
+            print(
+                f"  {parity.engine:13} on {parity.runtime}: worst difference from torch: logits "
+                f"{parity.logits:.1e}, losses {parity.losses:.1e}, θ after {parity.steps} steps "
+                f"{parity.theta:.1e}: {'ok' if parity.ok else 'FAILED'}"
+            )
+    return 0 if ok else CHECK_FAILED
