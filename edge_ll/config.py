@@ -114,6 +114,8 @@ def _suggestion(word: str, known: list[str]) -> str:
 
 def _choices(raw: Any, hint: Any) -> str:
     """For a wrong literal: the choices and the nearest one."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
     choices = [str(item) for item in get_args(hint) if isinstance(item, str)]
     return _suggestion(raw, choices) if isinstance(raw, str) and choices else f", got {raw!r}"
 

@@ -16,18 +16,21 @@ import msgspec
 from msgspec import Meta
 
 from edge_ll.errors import ProtocolError
-from edge_ll.manifest import Count, Digest, Index
+from edge_ll.manifest import Digest
 from edge_ll.metrics import Counts
 
 ROOT = "el/v1"
 MAX_MESSAGE_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
 
+Count = Annotated[int, Meta(ge=1, lt=2**53)]
+Index = Annotated[int, Meta(ge=0, lt=2**53)]
+Real = Annotated[float, Meta(ge=-1e300, le=1e300)]  # NaN and infinities fail both
 Text = Annotated[str, Meta(max_length=2000)]
 Name = Annotated[str, Meta(max_length=128)]
 Session = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
 
-_LEVEL = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_LEVEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Address(msgspec.Struct, frozen=True, order=True):
@@ -37,11 +40,8 @@ class Address(msgspec.Struct, frozen=True, order=True):
     device: str
 
     def __post_init__(self) -> None:
-        for level in (self.tenant, self.device):
-            if not _LEVEL.fullmatch(level) and level != "+":
-                raise ProtocolError(
-                    f"{level!r} cannot be a tenant or device: expected 1 to 64 of A-Z a-z 0-9 _ -"
-                )
+        check_level(self.tenant)
+        check_level(self.device)
 
     @classmethod
     def of(cls, topic: str) -> Address:
@@ -56,6 +56,18 @@ class Address(msgspec.Struct, frozen=True, order=True):
         return cls(levels[2], levels[4])
 
 
+def check_level(name: str) -> None:
+    """Refuse a name that cannot be a tenant or a device: a level of a topic.
+
+    Raises:
+        ProtocolError: It is empty, too long, or holds other characters than A-Z a-z 0-9 _ -.
+    """
+    if not _LEVEL.fullmatch(name):
+        raise ProtocolError(
+            f"{name!r} cannot be a tenant or device: expected 1 to 64 of A-Z a-z 0-9 _ -"
+        )
+
+
 class Message(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all messages: how one is addressed, encoded and decoded."""
 
@@ -65,8 +77,14 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def topic(cls, address: Address) -> str:
-        """The topic for one device, or with ``+`` as a level the filter for many."""
+        """The topic for one device."""
         return f"{ROOT}/{address.tenant}/d/{address.device}/{cls.suffix}"
+
+    @classmethod
+    def topic_filter(cls, tenant: str) -> str:
+        """The filter for all devices of a tenant."""
+        check_level(tenant)
+        return f"{ROOT}/{tenant}/d/+/{cls.suffix}"
 
     def encode(self) -> bytes:
         """The payload."""
@@ -108,9 +126,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     An alarm is due when ``peak`` reaches ``threshold`` = log(average run length).
     """
 
-    now: float
-    peak: float
-    threshold: Annotated[float, Meta(gt=0)]
+    now: Real
+    peak: Real
+    threshold: Annotated[float, Meta(gt=0, le=1e300)]
     n: Index
 
 
@@ -157,7 +175,7 @@ class Report(Message, frozen=True, kw_only=True):
 
     session: Session
     seq: Index
-    at_s: float
+    at_s: Real
     bundle: BundleRef
     phase: Literal["baseline", "progress", "experience", "activated"]
     experience: Index
@@ -168,7 +186,7 @@ class Report(Message, frozen=True, kw_only=True):
     prequential: Counts
     anchors: dict[Name, Counts]
     evidence: dict[Name, Evidence]
-    loss: float | None = None
+    loss: Real | None = None
     rss_bytes: Index = 0
 
 
@@ -179,7 +197,7 @@ class Event(Message, frozen=True, kw_only=True):
     encoding: ClassVar[Literal["json", "cbor"]] = "json"
 
     session: Session
-    at_s: float
+    at_s: Real
     kind: Literal["sample_refused", "bundle_refused", "drift", "stream_ended"]
     detail: Text
 

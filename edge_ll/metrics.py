@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -16,8 +16,8 @@ import msgspec
 class Counts(msgspec.Struct, frozen=True, array_like=True):
     """How many predictions were correct, of how many."""
 
-    correct: int
-    n: int
+    correct: Annotated[int, msgspec.Meta(ge=0)]
+    n: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.n:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_ll.errors import DataError, MissingExtraError
+from edge_ll.cli.extras import need
+from edge_ll.errors import DataError
 
 if TYPE_CHECKING:
     from edge_ll.bundle import Bundle
@@ -75,16 +76,8 @@ def _open(arguments: argparse.Namespace) -> Bundle:
     return Bundle.open(arguments.bundle, TrustStore.from_file(arguments.trust))
 
 
-def _need_export(feature: str) -> None:
-    try:
-        import onnx  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(feature, "export") from error
-
-
 def _train(arguments: argparse.Namespace) -> int:
-    _need_export("training")
+    need("export", "training")
     from dataclasses import asdict
 
     from edge_ll import config
@@ -112,7 +105,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    _need_export("exporting")
+    need("export", "exporting")
     from edge_ll.trust import Signer
     from edge_ll_export.pack import export_bundle
     from edge_ll_export.pipeline import load_trained
@@ -160,7 +153,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     bundle = _open(arguments)
-    _need_export("comparing engines with torch")
+    need("export", "comparing engines with torch")
     from edge_ll_export.parity import check_parity, tail_of
 
     tail = tail_of(bundle)

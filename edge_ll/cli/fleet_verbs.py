@@ -194,11 +194,9 @@ def _trust(paths: Iterable[Path]) -> TrustStore:
 
 
 def _check_tenant(tenant: str) -> None:
-    from edge_ll.errors import ProtocolError
-    from edge_ll.messages import Address
+    from edge_ll.messages import check_level
 
-    if Address(tenant, "+").tenant == "+":
-        raise ProtocolError("expected one tenant; '+' would be all of them")
+    check_level(tenant)
 
 
 def _connect(transport: Transport) -> None:

@@ -37,9 +37,10 @@ def accuracy_matrix(
 ) -> Matrix:
     """The accuracy matrix R of the newest run of a device.
 
-    A run is one session on one bundle, begun by a report of phase ``baseline`` (row 0); row k is
-    the report of phase ``experience`` with experience k. Where a row came twice the first one
-    counts. The matrix ends before the first row that is missing, so rows and experiences agree.
+    A run is begun on a bundle by a report of phase ``baseline`` (row 0); row k is the report of
+    phase ``experience`` with experience k. It goes on across restarts of the agent, whose counts
+    are kept. Where a row came twice the first one counts. The matrix ends before the first row
+    that is missing, so rows and experiences agree.
 
     Args:
         reports: One device's reports in the order of arrival.
@@ -55,15 +56,19 @@ def accuracy_matrix(
         for report in reports
         if report.phase in {"baseline", "experience"} and digest in {None, report.bundle.digest}
     ]
-    begun = [row for row in rows if row.phase == "baseline" and row.experience == 0]
-    if not begun:
-        return []
-    run = (begun[-1].session, begun[-1].bundle.digest)
     found: dict[int, Report] = {}
+    sessions: set[str] = set()
+    earlier: set[str] = set()
     for row in rows:
-        wanted = "experience" if row.experience else "baseline"
-        if (row.session, row.bundle.digest) == run and row.phase == wanted:
+        if row.session in earlier:
+            continue  # late news from a run that is over
+        first = found.get(0)
+        if row.phase == "baseline" and (first is None or row.session != first.session):
+            earlier |= sessions
+            sessions, found = set(), {0: row}
+        elif first and row.experience and row.bundle.digest == first.bundle.digest:
             found.setdefault(row.experience, row)
+        sessions.add(row.session)
     matrix: list[list[Counts]] = []
     while len(matrix) < len(names) and len(matrix) in found:
         anchors = found[len(matrix)].anchors

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
-
-import msgspec
+from typing import Generic, TypeVar
 
 from edge_ll import transport
 from edge_ll.errors import EdgeLLError, ProtocolError
@@ -70,7 +67,7 @@ class Inbox:
             if self._open:
                 self._take(kind, handler, message)
 
-        self._transport.subscribe(kind.topic(Address(self._tenant, "+")), take)
+        self._transport.subscribe(kind.topic_filter(self._tenant), take)
 
     def close(self) -> None:
         """Ignore what comes from now on."""
@@ -85,7 +82,6 @@ class Inbox:
         try:
             device = Address.of(raw.topic).device
             message = kind.decode(raw.payload)
-            check_storable(message)
             handler(Received(device, message, raw.payload, raw.retained))
         except UnwantedError as error:
             self._reject(device, f"{kind.suffix}: {error.reason}", str(error))
@@ -182,29 +178,3 @@ class Ingest:
             log.warning("bundle.refused", extra=fields)
         if new:
             self._on_device(got.device)
-
-
-def check_storable(message: Message) -> None:
-    """Refuse numbers that no store or later reader can hold.
-
-    CBOR carries integers of any size, NaN and infinities; evidence may be -inf, the logarithm of
-    zero, and nothing else may be infinite.
-
-    Raises:
-        ProtocolError: Which value it is.
-    """
-    for value in _leaves(msgspec.to_builtins(message, builtin_types=(bytes,))):
-        if isinstance(value, float) and not (math.isfinite(value) or value == -math.inf):
-            raise ProtocolError(f"{type(message).__name__}: expected finite numbers, got {value}")
-        if isinstance(value, int) and value > _MAX_INTEGER:
-            raise ProtocolError(f"{type(message).__name__}: an integer is past 63 bits")
-
-
-def _leaves(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        yield value
-        return
-    for item in value:
-        yield from _leaves(item)

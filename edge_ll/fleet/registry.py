@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from edge_ll.errors import RegistryError
 from edge_ll.fleet import schema
 from edge_ll.fleet.rows import (
     AlarmRow,
@@ -22,7 +23,6 @@ from edge_ll.fleet.rows import (
     DesiredRow,
     DeviceRow,
     EventRow,
-    RegistryError,
     RejectedRow,
     ReportRow,
     Row,
@@ -148,7 +148,10 @@ class Registry:
     def raise_alarm(
         self, tenant: str, device: str, signal: str, *, report: Report, evidence: Evidence
     ) -> bool:
-        """Keep a drift alarm of a known device; False when this session raised it already."""
+        """Keep a drift alarm of a known device; False when this session raised it already.
+
+        An alarm that lasts is raised again for the next bundle: its device stays out of merges.
+        """
         values = {
             "tenant": tenant,
             "device": device,

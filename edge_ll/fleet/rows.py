@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_ll.errors import EdgeLLError
 from edge_ll.manifest import Manifest
 from edge_ll.messages import BundleRef, Report
-
-
-class RegistryError(EdgeLLError):
-    """The fleet's registry cannot be opened, is of an unknown schema, or refused a statement."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):

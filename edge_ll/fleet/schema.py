@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edge_ll.errors import MissingExtraError
-from edge_ll.fleet.rows import RegistryError
+from edge_ll.errors import MissingExtraError, RegistryError
 
 try:
     import sqlalchemy as sa
@@ -107,10 +106,10 @@ alarms = sa.Table(
     _text("device", key=True),
     _text("signal", key=True),
     _text("session", key=True),
+    _text("bundle_digest", key=True),
     _real("raised_s"),
     _real("evidence"),
     _real("threshold"),
-    _text("bundle_digest"),
     _number("n"),
     _device_key(),
 )

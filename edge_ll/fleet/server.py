@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_ll.bundle import Bundle
-from edge_ll.errors import ProtocolError, TrustError
+from edge_ll.errors import TrustError
 from edge_ll.fleet.delivery import ChunkServer, Offers
 from edge_ll.fleet.evaluation import Evaluate
 from edge_ll.fleet.ingest import Inbox, Ingest
@@ -18,7 +18,7 @@ from edge_ll.fleet.publishing import BUNDLES, publish_bundle
 from edge_ll.fleet.registry import Registry
 from edge_ll.fleet.rounds import Collector, CollectResult, require_desired
 from edge_ll.fleet.rows import BundleRow
-from edge_ll.messages import Address, BundleRef, ChunkRequest
+from edge_ll.messages import BundleRef, ChunkRequest, check_level
 from edge_ll.transport import Transport
 from edge_ll.trust import Signer, TrustStore
 
@@ -57,8 +57,7 @@ class FleetServer:
         clock: Callable[[], float] = time.time,
         steady: Callable[[], float] = time.monotonic,
     ) -> None:
-        if Address(tenant, "+").tenant == "+":
-            raise ProtocolError("a server serves one tenant; '+' would be all of them")
+        check_level(tenant)
         self._transport = transport
         self._registry = registry
         self._tenant = tenant

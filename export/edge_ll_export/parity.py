@@ -134,7 +134,7 @@ def _train_both(
         loss.backward()
         nn.utils.clip_grad_norm_(tail.parameters(), learner.clip_norm)
         optimizer.step()
-        worst = max(worst, abs(engine.step(batch) - float(loss)))
+        worst = max(worst, abs(engine.step(batch) - loss.item()))
     return worst
 
 

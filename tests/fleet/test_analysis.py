@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 pytest.importorskip("sqlalchemy", reason="the fleet extra is not installed")
@@ -64,7 +65,17 @@ def test_runs_are_not_mixed(run, make_report):
     assert [[cell.correct for cell in row] for row in matrix] == [[5, 5, 5]]
     other = make_report(0, phase="baseline", anchors=cells(4, 4, 4), digest="b" * 64)
     assert accuracy_matrix([*run, other], GROUPS, digest="a" * 64) == accuracy_matrix(run, GROUPS)
-    assert len(accuracy_matrix([*run, other], GROUPS)) == 1
+    assert accuracy_matrix([*run, other], GROUPS) == accuracy_matrix([*run], GROUPS)
+    anew = make_report(
+        0, phase="baseline", anchors=cells(4, 4, 4), digest="b" * 64, session="e" * 16
+    )
+    assert len(accuracy_matrix([*run, anew], GROUPS)) == 1
+
+
+def test_a_run_goes_on_after_a_restart(run, make_report):
+    *begun, last = run
+    restarted = msgspec.structs.replace(last, session="e" * 16, seq=0)
+    assert accuracy_matrix([*begun, restarted], GROUPS) == accuracy_matrix(run, GROUPS)
 
 
 def test_a_group_that_was_not_measured_is_empty_not_wrong(make_report):

@@ -7,8 +7,9 @@ import pytest
 
 pytest.importorskip("sqlalchemy", reason="the fleet extra is not installed")
 
+from edge_ll.errors import RegistryError
 from edge_ll.fleet.registry import Registry
-from edge_ll.fleet.rows import BundleRow, RegistryError, UpdateRow
+from edge_ll.fleet.rows import BundleRow, UpdateRow
 from edge_ll.messages import BundleRef, Event, Reported, Status
 
 pytestmark = pytest.mark.fleet

@@ -10,9 +10,8 @@ import pytest
 pytest.importorskip("sqlalchemy", reason="the fleet extra is not installed")
 
 from edge_ll.bundle import Bundle
-from edge_ll.errors import BundleError, ProtocolError, TrustError
+from edge_ll.errors import BundleError, ProtocolError, RegistryError, TrustError
 from edge_ll.fleet.publishing import publish_bundle
-from edge_ll.fleet.rows import RegistryError
 from edge_ll.fleet.server import FleetServer
 from edge_ll.messages import Birth, ChunkRequest, Event, Report, Reported, Status
 from edge_ll.trust import Signer
@@ -169,10 +168,11 @@ def test_events_and_refusals_of_bundles_are_kept(ready, registry, wait_for):
     assert registry.device(TENANT, "hub").bundle is None
 
 
-def test_evidence_of_nothing_is_minus_infinity_and_kept(ready, registry, make_report, wait_for):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_evidence_that_is_not_finite_is_refused(ready, rejected, make_report, wait_for, value):
     _, device = ready("hub")
-    device.send(make_report(peak=-math.inf))
-    wait_for(lambda: registry.reports(TENANT, "hub"))
+    device.send(make_report(peak=value))
+    wait_for(lambda: rejected() == {("hub", "report: malformed"): 1})
 
 
 def test_an_emptied_retained_message_is_no_fault(ready, rejected, wait_for, registry):
@@ -186,7 +186,7 @@ def test_only_registered_bundles_and_existing_chunks_are_served(ready, rejected,
     ref, device = ready("hub")
     device.ask("f" * 64, 0)
     device.ask(ref.digest, 0, 3)
-    device.ask(ref.digest, 2**62)
+    device.ask(ref.digest, 2**50)
     device.send_raw(ChunkRequest, cbor2.dumps({"digest": ref.digest, "indices": list(range(65))}))
     wait_for(
         lambda: (
@@ -214,7 +214,7 @@ def test_a_push_is_verified_first(server, registry, make_bundle, tmp_path):
 
 
 def test_a_server_serves_one_tenant(transport, registry, tmp_path, trust):
-    with pytest.raises(ProtocolError, match="one tenant"):
+    with pytest.raises(ProtocolError, match="tenant"):
         FleetServer(transport, registry, tenant="+", folder=tmp_path, trust=trust)
 
 

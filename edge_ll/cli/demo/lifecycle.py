@@ -255,8 +255,9 @@ class _Fleet:
         self.engines = ", ".join(sorted({f"{row.engine} ({row.runtime})" for row in rows}))
         for row in rows:
             self.last_reports[row.device] = self.reports(row.device)
-            alarms = self._registry.alarms(self.tenant)
-            self.alarms[row.device] = sum(alarm.device == row.device for alarm in alarms)
+            # An alarm that lasts is raised again for the next bundle, but is one alarm.
+            alarms = self._registry.alarms(self.tenant, row.device)
+            self.alarms[row.device] = len({(alarm.signal, alarm.session) for alarm in alarms})
 
     def _forget_retained(self) -> None:
         """Remove what the demo left on somebody's broker."""

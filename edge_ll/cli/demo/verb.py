@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from edge_ll.errors import DataError, MissingExtraError
+from edge_ll.cli.extras import need
+from edge_ll.errors import DataError
 
 if TYPE_CHECKING:
     from edge_ll.cli.demo.record import DemoRecord
@@ -39,15 +40,8 @@ def add_demo(subparsers: Any) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """Run the lifecycle, print a table, leave ``summary.json`` and ``report.html``."""
-    try:
-        import rich  # noqa: F401
-        import sqlalchemy  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("the demo", "fleet") from error
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("the demo", "export") from error
+    need("fleet", "the demo")
+    need("export", "the demo")
     from edge_ll.cli.demo.lifecycle import Options, run_lifecycle
     from edge_ll.cli.demo.measure import measure
     from edge_ll.cli.demo.report import write_report
