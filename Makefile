@@ -10,10 +10,15 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests that need neither torch nor the fleet; they run in both environments.
 DEVICE_TESTS := tests/contract tests/device $(wildcard tests/test_*.py)
 
-.PHONY: demo test check lint types wheel venv venv-device clean
+.PHONY: demo test check lint types wheel venv venv-device venv-device-ort clean
 
-demo: venv venv-device
-	$(VENV)/edge-ll demo $(DEMO_OPTIONS)
+# ENGINE=ort-training runs the agents on onnxruntime-training; DATASET=fsdd learns spoken digits.
+ENGINE := step-graph
+DATASET := digits
+AGENT_VENV := $(if $(filter ort-training,$(ENGINE)),venv-device-ort,venv-device)
+
+demo: venv $(AGENT_VENV)
+	$(VENV)/edge-ll demo --engine $(ENGINE) --dataset $(DATASET) $(DEMO_OPTIONS)
 
 test: venv venv-device .venv-device/tests.stamp
 	rm -f .coverage .coverage.*
@@ -39,6 +44,8 @@ venv: .venv/ready.stamp
 
 venv-device: .venv-device/ready.stamp
 
+venv-device-ort: .venv-device-ort/ready.stamp
+
 # One pip call each: the resolver then sees every requirement at once.
 .venv/ready.stamp: pyproject.toml
 	$(call make_venv,.venv)
@@ -48,6 +55,11 @@ venv-device: .venv-device/ready.stamp
 .venv-device/ready.stamp: pyproject.toml
 	$(call make_venv,.venv-device)
 	$(DEVICE)/python $(PIP_INSTALL) -e ".[device]"
+	touch $@
+
+.venv-device-ort/ready.stamp: pyproject.toml
+	$(call make_venv,.venv-device-ort)
+	.venv-device-ort/bin/python $(PIP_INSTALL) -e ".[device-ort-training]"
 	touch $@
 
 .venv-device/tests.stamp: .venv-device/ready.stamp
@@ -64,4 +76,4 @@ define make_venv
 endef
 
 clean:
-	rm -rf .venv .venv-device demo-out dist .coverage .coverage.*
+	rm -rf .venv .venv-device .venv-device-ort demo-out dist .coverage .coverage.*

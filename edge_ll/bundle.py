@@ -69,6 +69,7 @@ class Bundle:
             BundleError: The file is damaged, incomplete, of an unknown format or unsafe.
             TrustError: It is not signed by a trusted key.
         """
+        where = f"{source}: " if isinstance(source, Path) else ""
         try:
             with _reading(source) as file:
                 digest, size_bytes = _digest(file)
@@ -79,9 +80,8 @@ class Bundle:
                     manifest = Manifest.decode(text)
                     _check_files(archive, entries, manifest)
         except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-            raise BundleError(f"the bundle is damaged or cut off: {error}") from error
+            raise BundleError(f"{where}the bundle is damaged or cut off: {error}") from error
         except EdgeLLError as error:
-            where = f"{source}: " if isinstance(source, Path) else ""
             raise type(error)(f"{where}{error}") from error
         return cls(source, manifest, digest, size_bytes, key_id)
 

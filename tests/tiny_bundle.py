@@ -8,10 +8,10 @@ minimal protobuf encoder. ``tests/contract/test_engine.py`` holds them against t
 from __future__ import annotations
 
 import struct
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -288,15 +288,84 @@ def tiny_arrays(*, gain: float = 1.0) -> dict[str, np.ndarray]:
     anchors, anchor_labels = toy(tuple(range(CAPACITY)), 120, seed=3)
     quantizer = LatentQuantizer.fit(latents(toy(tuple(range(CAPACITY)), 200, seed=4)[0]))
     novelty = fit_novelty(latents(x), y, latents(held))
+    few = np.sort(np.concatenate([np.flatnonzero(y == c)[:20] for c in BASE]))
     return {
         "latent_scale": quantizer.scale,
         "latent_zero": quantizer.zero,
         "anchor_latents": quantizer.encode(latents(anchors)),
         "anchor_labels": anchor_labels,
-        "exemplar_latents": quantizer.encode(latents(x[:40])),
-        "exemplar_labels": y[:40],
+        "exemplar_latents": quantizer.encode(latents(x[few])),
+        "exemplar_labels": y[few],
         **{f"novelty_{name}": value for name, value in novelty._asdict().items()},
     }
+
+
+# Tails exported with torch; each export takes seconds, so it is made once.
+
+TAILS = {"linear": ((LATENT,), ()), "mlp": ((LATENT,), (5,)), "pointwise": ((3, 4), (3, 4))}
+
+
+def torch_tail(kind: str) -> Any:
+    """A tail of each kind with fixed weights; :data:`TAILS` has its latent and hidden sizes."""
+    import torch
+
+    from edge_ll_export.models.tails import MlpTail, PointwiseTail
+
+    torch.manual_seed(3)
+    shape, hidden = TAILS[kind]
+    build = PointwiseTail if kind == "pointwise" else MlpTail
+    return build(latent_shape=shape, hidden=hidden, capacity=CAPACITY)
+
+
+@cache
+def exported_tail(kind: str) -> bytes:
+    """The inference graph of :func:`torch_tail`."""
+    from edge_ll_export.graphs import export_tail
+
+    return export_tail(torch_tail(kind), TAILS[kind][0])
+
+
+@cache
+def exported_step(kind: str, optimizer: str) -> bytes:
+    """The step graph of :func:`torch_tail`."""
+    from edge_ll_export.step_graph import export_step_graph
+
+    return export_step_graph(torch_tail(kind), TAILS[kind][0], optimizer)
+
+
+@cache
+def exported_artifacts(kind: str, learner: LearnerDefaults) -> dict[str, bytes]:
+    """The artifacts for onnxruntime-training of :func:`torch_tail`."""
+    from edge_ll_export.ort_artifacts import export_ort_artifacts
+
+    return export_ort_artifacts(torch_tail(kind), TAILS[kind][0], learner)
+
+
+def write_torch_bundle(
+    path: Path,
+    kind: str,
+    learner: LearnerDefaults = LEARNER,
+    *,
+    artifacts: bool = False,
+    **changes: Any,
+) -> Bundle:
+    """A bundle with torch's graphs of a tail; its backbone is not of the tail's shape."""
+    from edge_ll_export.tail_loss import flatten_theta, theta_layout
+
+    tail = torch_tail(kind)
+    files = {TAIL: exported_tail(kind), STEP: exported_step(kind, learner.optimizer)}
+    if artifacts:
+        files |= exported_artifacts(kind, learner)
+    engines = ("step-graph", "ort-training") if artifacts else ("step-graph",)
+    fields: dict[str, Any] = {
+        "theta": flatten_theta(tail).numpy(),
+        "layout": theta_layout(tail),
+        "latent": TensorSpec(shape=TAILS[kind][0], dtype="float32"),
+        "engines": engines,
+        **changes,
+        "files": files | changes.get("files", {}),
+    }
+    return write_tiny_bundle(path, learner=learner, **fields)
 
 
 def write_tiny_bundle(
@@ -308,6 +377,7 @@ def write_tiny_bundle(
     capacity: int = CAPACITY,
     learner: LearnerDefaults = LEARNER,
     theta: np.ndarray | None = None,
+    layout: tuple[ThetaEntry, ...] | None = None,
     arrays: dict[str, np.ndarray] | None = None,
     files: dict[str, bytes] | None = None,
     signer: Signer = SIGNER,
@@ -323,6 +393,7 @@ def write_tiny_bundle(
         capacity: Outputs of the tail.
         learner: How it learns; its optimizer decides the step graph.
         theta: Parameters of the tail.
+        layout: Of θ, where the tail is not the linear one.
         arrays: Replace or add arrays.
         files: Replace or add files.
         signer: Signs it.
@@ -338,25 +409,25 @@ def write_tiny_bundle(
         **{f"arrays/{key}": value.tobytes() for key, value in held.items()},
         **(files or {}),
     }
-    described = Manifest(
-        name=name,
-        version=version,
-        input=TensorSpec(shape=SHAPE, dtype="float32"),
-        latent=TensorSpec(shape=(LATENT,), dtype="float32"),
-        labels=LABELS[:capacity],
-        base_classes=BASE,
-        known_classes=BASE,
-        theta=theta_layout(capacity),
-        engines=("step-graph",),
-        learner=learner,
-        drift=DriftDefaults(average_run_length=1e4, tolerance=0.05),
-        anchor_groups={"base": BASE, "experience-1": (2,), "experience-2": (3,)},
-        arrays={
+    fields: dict[str, Any] = {
+        "name": name,
+        "version": version,
+        "input": TensorSpec(shape=SHAPE, dtype="float32"),
+        "latent": TensorSpec(shape=(LATENT,), dtype="float32"),
+        "labels": LABELS[:capacity],
+        "base_classes": BASE,
+        "known_classes": BASE,
+        "theta": layout or theta_layout(capacity),
+        "engines": ("step-graph",),
+        "learner": learner,
+        "drift": DriftDefaults(average_run_length=1e4, tolerance=0.05),
+        "anchor_groups": {"base": BASE, "experience-1": (2,), "experience-2": (3,)},
+        "arrays": {
             key: ArraySpec(file=f"arrays/{key}", dtype=value.dtype.name, shape=value.shape)
             for key, value in held.items()
         },
-        files={},
-        provenance=Provenance(recipe="toy", created_at_s=0.0),
-    )
-    write_bundle(path, msgspec.structs.replace(described, **manifest), content, signer)
+        "files": {},
+        "provenance": Provenance(recipe="toy", created_at_s=0.0),
+    }
+    write_bundle(path, Manifest(**(fields | manifest)), content, signer)
     return Bundle.open(path, TrustStore([signer.public_key]))

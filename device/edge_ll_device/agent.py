@@ -140,6 +140,8 @@ class Agent:
                 self._outbox.reconnected()
                 self._greet()
             case Offer():
+                # The fleet offers whenever it (re)connects: it hears us now.
+                self._outbox.fleet_is_back()
                 self._deployment.consider(message)
             case UpdateRequest():
                 self._uploads.request(message)

@@ -60,6 +60,7 @@ def train(recipe: Recipe, *, on_progress: Progress | None = None) -> Trained:
         DataError: The data is missing or damaged.
     """
     started = time.perf_counter()
+    torch.set_num_threads(recipe.threads)
     dataset, split = load_dataset(recipe)
     data = training_set(recipe, dataset, split)
     told = on_progress or (lambda *_: None)

@@ -222,6 +222,9 @@ class Recipe(Section, frozen=True, kw_only=True):
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
     dataset: DatasetName
     seed: Annotated[int, Meta(ge=0, lt=2**31, description="Of split, weights and augmentation")]
+    threads: Annotated[
+        int, Meta(ge=1, description="Of torch; small networks gain nothing from a second one")
+    ] = 1
     classes: Classes
     split: SplitShares
     teacher: Teacher

@@ -300,13 +300,17 @@ def test_huge_but_finite_latents_never_make_theta_infinite(make, scale):
 
 def test_a_learning_rate_that_overflows_is_refused(make):
     engine = make(replace(LEARNER, learning_rate=3e38, weight_decay=0.0))
-    before = engine.theta
-    with np.errstate(all="ignore"), pytest.raises(EngineError):
-        for seed in range(5):
-            before = engine.theta
-            engine.step(_toy_batch(seed=seed))
-    assert np.isfinite(engine.theta).all()
-    assert np.array_equal(engine.theta, before)
+    refused = 0
+    for seed in range(5):
+        before = engine.theta
+        with np.errstate(all="ignore"):
+            try:
+                engine.step(_toy_batch(seed=seed))
+            except EngineError:
+                refused += 1
+                assert np.array_equal(engine.theta, before)
+        assert np.isfinite(engine.theta).all()
+    assert refused
 
 
 def test_a_batch_of_one(make):
@@ -387,7 +391,7 @@ def test_all_engines_agree_over_fifty_steps(make):
     rng = np.random.default_rng(0)
     for i in range(50):
         batch = _mixed_batch(rng, 1 + i % 9)
-        assert engine.step(batch) == pytest.approx(reference.step(batch), abs=1e-5)
+        assert engine.step(batch) == pytest.approx(reference.step(batch), rel=1e-5, abs=1e-5)
         assert np.abs(engine.theta - reference.theta).max() < 1e-5
     latents = rng.standard_normal((20, LATENT)).astype(np.float32)
     assert np.abs(engine.logits(latents) - reference.logits(latents)).max() < 1e-4

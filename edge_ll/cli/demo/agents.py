@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from edge_ll.errors import EdgeLLError, EngineError
 _STOP_S = 10.0
 _TAIL_LINES = 5
 
-DEVICE_VENV = Path(".venv-device/bin/python")
+VENVS = {"step-graph": Path(".venv-device"), "ort-training": Path(".venv-device-ort")}
 
 
 class AgentError(EdgeLLError):
@@ -24,18 +23,18 @@ class AgentError(EdgeLLError):
 def device_python(engine: str, chosen: Path | None) -> Path:
     """The interpreter that agents run in.
 
-    ``ort-training`` needs onnxruntime-training, which this interpreter has; any other engine runs
-    in the device's environment, which has no torch.
+    Each of the two runtimes has an environment of its own, without torch: they share a package
+    name, and one environment holds one of them.
 
     Raises:
         EngineError: There is none; says how to make it.
     """
     if chosen is None:
-        chosen = Path(sys.executable) if engine == "ort-training" else DEVICE_VENV
+        chosen = VENVS[engine] / "bin" / "python"
     if not chosen.exists():
         raise EngineError(
-            f"{chosen} does not exist; make the device's environment with `make venv-device`, or "
-            "name an interpreter that has edge-ll[device] with --device-python"
+            f"{chosen} does not exist; make it with `make {VENVS[engine].name[1:]}`, or name an "
+            "interpreter that has edge-ll[device] (or [device-ort-training]) with --device-python"
         )
     return chosen.absolute()
 

@@ -25,7 +25,7 @@ def measure(run: Run, seconds: float) -> DemoRecord:
         name=run.trained.recipe.name,
         groups=groups,
         group_labels={
-            group: ", ".join(labels[c] for c in classes)
+            group: tuple(labels[c] for c in classes)
             for group, classes in run.bundle.manifest.anchor_groups.items()
         },
         summary=_summary(run, devices, seconds),

@@ -90,7 +90,7 @@ class DemoRecord:
     Attributes:
         name: Of the recipe.
         groups: Anchor groups, in the order in which they are taught.
-        group_labels: What each group holds, for people: class names.
+        group_labels: The names of the classes in each group.
         summary: What ``summary.json`` holds.
         devices: One record each.
         merge: The merge round.
@@ -99,7 +99,7 @@ class DemoRecord:
 
     name: str
     groups: tuple[str, ...]
-    group_labels: dict[str, str]
+    group_labels: dict[str, tuple[str, ...]]
     summary: dict[str, object]
     devices: tuple[DeviceRecord, ...]
     merge: MergeRecord

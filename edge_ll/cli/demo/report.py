@@ -8,47 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_ll.cli.demo import wording
 from edge_ll.cli.demo.record import DemoRecord, DeviceRecord
-from edge_ll.cli.demo.wording import clean, points, share
+from edge_ll.cli.demo.wording import NONE, clean, points, share
 from edge_ll.errors import MissingExtraError
 from edge_ll.metrics import Counts, Matrix, wilson_interval
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CELLS = "<p>Each cell: accuracy (correct/asked; 95 % interval in per cent).</p>\n"
 _EMPTY = '<p class="empty">no data</p>'
-_GLOSSARY = (
-    (
-        "experience",
-        "A stretch of the stream that teaches one group of new classes; when it ends, those "
-        "classes are not taught again.",
-    ),
-    (
-        "anchor",
-        "A labelled sample that travels in the bundle and is never learned from. Each device "
-        "asks itself about its anchors again and again, so what it forgets shows without "
-        "collecting anybody's data.",
-    ),
-    (
-        "forgetting",
-        "How far accuracy on a group has fallen from its best value before the last experience, "
-        "averaged over the groups taught earlier (Chaudhry et al., 2018). Zero is ideal; below "
-        "zero the group even improved.",
-    ),
-    (
-        "prequential",
-        "Test, then train: each sample is predicted before its label is learned, so every "
-        "sample tests the device on something new.",
-    ),
-    (
-        "replay",
-        "While it learns something new, the device also repeats a few stored examples of what "
-        "it has learned before. Naive learning leaves that out.",
-    ),
-)
 
 
 def write_report(record: DemoRecord, path: Path) -> None:
@@ -62,12 +38,12 @@ def write_report(record: DemoRecord, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     try:
-        from edge_ll.cli.demo import plots
+        from edge_ll.cli.demo import svg
     except ImportError as error:
         raise MissingExtraError("the demo's report", "fleet") from error
     groups = _groups(record)
     merged = record.merge.version is not None
-    with plots.house_style():
+    with svg.house_style():
         sections = [
             _head(record),
             _curves(record, groups, merged=merged),
@@ -126,7 +102,7 @@ def _curves(record: DemoRecord, groups: Sequence[str], *, merged: bool) -> str:
         tables.append(_curve_table(device, groups, merged=merged))
     for index, group in enumerate(groups):
         style = plots.group_style(index)
-        what = record.group_labels.get(group, "")
+        what = ", ".join(record.group_labels.get(group, ()))
         text = f"<b>{_text(group)}</b>" + (f": {_text(what)}" if what else "")
         legend.append(f'<li><i style="color:{style.color}">{style.glyph}</i>{text}</li>')
     after = (
@@ -135,6 +111,8 @@ def _curves(record: DemoRecord, groups: Sequence[str], *, merged: bool) -> str:
         if merged
         else "The figure at the right belongs to the last report."
     )
+    if tables:
+        tables.insert(0, _CELLS)
     return _section(
         "What each device learns, and keeps",
         "Every device starts from the same bundle and learns the new groups one after the other, "
@@ -179,6 +157,8 @@ def _forgetting(record: DemoRecord, groups: Sequence[str]) -> str:
             f"<dd>points without, on the same stream</dd></dl></div>"
         )
         pairs.append(f'<div class="panels pair">{"".join(panels)}{said}</div>')
+    if tables:
+        tables.insert(0, _CELLS)
     return _section(
         "What is forgotten",
         "Learning something new overwrites what was learned before, unless the device repeats it. "
@@ -206,11 +186,11 @@ def _drift(record: DemoRecord) -> str:
 
     watched = [plots.evidence_points(device) for device in record.devices]
     x_max = max((x for points in watched for x, _ in points), default=0.0)
-    floor = min((y for points in watched for _, y in points), default=0.0)
+    limits = plots.evidence_limits(record.devices)
     panels, tables = [], []
     for number, device in enumerate(record.devices):
         title = f"{device.name}: evidence that its inputs drift, over samples watched"
-        figure = plots.evidence(device, x_max=x_max, floor=floor)
+        figure = plots.evidence(device, x_max=x_max, limits=limits)
         alarms = "no alarm" if not device.alarms else wording.count(device.alarms, "alarm")
         panels.append(_panel(device.name, alarms, _svg(figure, f"d{number}-", title)))
         rows = [
@@ -262,15 +242,16 @@ def _merge(record: DemoRecord) -> str:
         for device in devices
     ]
     rows.append(["merged", share(merge.merged_acc), "" if merge.accepted else "refused"])
+    row = (
+        f'<div class="panels merge"><div class="panel wide">{svg}</div>'
+        f'<div class="said">{"".join(said)}</div></div>'
+    )
     return _section(
         "What the fleet makes of it",
         "The server averages what the devices learned, and a gate compares the result with the "
         "bundle that is in use, on samples that no device has seen. Only what passes is signed "
         "and rolled out.",
-        [
-            f'<div class="panels merge"><div class="panel wide">{svg}</div>'
-            f'<div class="said">{"".join(said)}</div></div>'
-        ],
+        [row],
         "<b>How to read it.</b> Further right is better; the dashed line is the base bundle. "
         "Accuracy is over all classes together. The axis need not begin at zero.",
         [_table("", ["", "hold-out accuracy", "remark"], rows)],
@@ -286,9 +267,11 @@ def _run(record: DemoRecord) -> str:
         for stage, seconds in record.steps
     )
     stages = f'<dl class="stages">\n{bars}</dl>' if bars else _EMPTY
-    rows = [[key, _value(value)] for key, value in record.summary.items()]
+    rows = [[key, _value(value)] for key, value in _flat(record.summary)]
     summary = _table("", ["figure", "value"], rows, words=True) if rows else _EMPTY
-    terms = "".join(f"<dt>{_text(term)}</dt><dd>{_text(text)}</dd>\n" for term, text in _GLOSSARY)
+    terms = "".join(
+        f"<dt>{_text(term)}</dt><dd>{_text(text)}</dd>\n" for term, text in wording.GLOSSARY.items()
+    )
     return (
         f"<section>\n<h2>Where the time went</h2>\n{stages}\n</section>\n"
         f"<section>\n<h2>All figures</h2>\n<p>As they stand in <code>summary.json</code>.</p>\n"
@@ -325,12 +308,10 @@ def _panel(name: str, note: str, svg: str) -> str:
     return f'<div class="panel"><h3>{_text(name)}{small}</h3>{svg}</div>'
 
 
-def _svg(figure: object, prefix: str, title: str) -> str:
-    from matplotlib.figure import Figure
-
+def _svg(figure: Figure | None, prefix: str, title: str) -> str:
     from edge_ll.cli.demo import svg
 
-    if not isinstance(figure, Figure):
+    if figure is None:
         return _EMPTY
     return svg.to_svg(figure, prefix=prefix, title=title)
 
@@ -357,17 +338,27 @@ def _text(text: str) -> str:
 def _cell(counts: Counts | None) -> str:
     """Accuracy with its counts and the interval that chance allows."""
     if counts is None or not counts.n:
-        return "–"
+        return NONE
     low, high = wilson_interval(counts)
-    return f"{share(counts.accuracy)} ({counts.correct}/{counts.n}; {low:.0%}–{high:.0%})"
+    interval = f"{100 * low:.0f} to {100 * high:.0f}"
+    return f"{share(counts.accuracy)} ({counts.correct}/{counts.n}; {interval})"
 
 
 def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else NONE
 
 
 def _percent(part: float, whole: float) -> float:
     return 100 * part / whole if whole > 0 and math.isfinite(part) else 0.0
+
+
+def _flat(items: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """The items of a mapping and of the mappings in it, with dots in their names."""
+    for key, value in items.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _value(value: object) -> str:

@@ -121,23 +121,36 @@ class _Screen:
 
 
 def _print_table(record: DemoRecord, folder: Path) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{record.name}: what the devices learned, kept and forgot")
+    held = "; ".join(f"{group}: {' '.join(record.group_labels[group])}" for group in record.groups)
+    table = Table(
+        title=f"{record.name}: accuracy in % on each group of classes, before -> after learning",
+        caption=held,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("device")
     for group in record.groups:
-        table.add_column(f"{group}\n[dim]{record.group_labels[group]}[/dim]", justify="right")
-    table.add_column("forgetting\n[dim]without replay[/dim]", justify="right")
-    table.add_column("drift\nalarms", justify="right")
-    table.add_column("memory\nMB", justify="right")
+        table.add_column(group.replace("experience-", "exp. "), justify="right")
+    table.add_column("forgetting", justify="right")
+    table.add_column("no replay", justify="right", style="dim")
+    table.add_column("drift", justify="right")
+    table.add_column("MB", justify="right")
     for device in record.devices:
         first, last = device.matrix[0], device.matrix[-1]
         table.add_row(
             device.name,
-            *(f"{a.accuracy:.0%} -> {b.accuracy:.0%}" for a, b in zip(first, last, strict=True)),
-            f"{device.forgetting:+.3f}\n[dim]{device.naive_forgetting:+.3f}[/dim]",
-            str(device.alarms),
+            *(
+                f"{100 * a.accuracy:.0f} -> {100 * b.accuracy:.0f}"
+                for a, b in zip(first, last, strict=True)
+            ),
+            f"{device.forgetting:+.3f}",
+            f"{device.naive_forgetting:+.3f}",
+            "alarm" if device.alarms else "no",
             f"{device.rss_bytes / 2**20:.0f}",
         )
     console = Console()

@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from edge_ll.cli.demo.record import DemoRecord, DeviceRecord, MergeRecord
 from edge_ll.metrics import Counts, total, wilson_interval
 
-_JOINERS = "\u200c\u200d"  # invisible, but part of how some languages are written
+NONE = "\N{EN DASH}"
 _SPACE = "\N{NO-BREAK SPACE}"
+# Not printable in Python's sense, but harmless: the joiners are part of how some languages are
+# written.
+_KEPT = {_SPACE, "\N{ZERO WIDTH NON-JOINER}", "\N{ZERO WIDTH JOINER}"}
+
+GLOSSARY = {
+    "experience": (
+        "A stretch of the stream that teaches one group of new classes; when it ends, those "
+        "classes are not taught again."
+    ),
+    "anchor": (
+        "A labelled sample that travels in the bundle and is never learned from. Each device "
+        "asks itself about its anchors again and again, so what it forgets shows without "
+        "collecting anybody's data."
+    ),
+    "forgetting": (
+        "How far accuracy on a group has fallen from its best value before the last experience, "
+        "averaged over the groups taught earlier (Chaudhry et al., 2018). Zero is ideal; below "
+        "zero the group even improved."
+    ),
+    "prequential": (
+        "Test, then train: each sample is predicted before its label is learned, so every "
+        "sample tests the device on something new."
+    ),
+    "replay": (
+        "While it learns something new, the device also repeats a few stored examples of what "
+        "it has learned before. Naive learning leaves that out."
+    ),
+}
 
 
 def clean(text: str) -> str:
     """Text on one line and without characters that XML forbids or that reorder the line."""
-    return "".join(
-        char if char.isprintable() or char in _JOINERS or char == _SPACE else "\ufffd"
-        for char in " ".join(text.split(" "))
-        .replace("\n", " ")
-        .replace("\t", " ")
-    )
+    one_line = re.sub(r"[\t\r\n]+", " ", text)
+    return "".join(char if char.isprintable() or char in _KEPT else "\ufffd" for char in one_line)
 
 
 def shorten(text: str, limit: int) -> str:
@@ -28,27 +53,42 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
 
 
+def abbreviate(name: str, limit: int) -> str:
+    """At most ``limit`` >= 3 characters of a name: both ends, where names of a kind differ."""
+    name = clean(name)
+    if len(name) <= limit:
+        return name
+    tail = max(1, (limit - 1) // 2)
+    return f"{name[: max(1, limit - 1 - tail)]}…{name[-tail:]}"
+
+
 def share(value: float) -> str:
     """A share of 1 as a percentage; a dash where there is none."""
-    return f"{100 * value:.1f}{_SPACE}%" if math.isfinite(value) else "–"
+    return f"{100 * value:.1f}{_SPACE}%" if math.isfinite(value) else NONE
+
+
+def percent(value: float) -> str:
+    """A share of 1 as a whole percentage, for figures."""
+    return f"{100 * value:.0f}{_SPACE}%" if math.isfinite(value) else NONE
 
 
 def points(value: float) -> str:
     """A difference of shares in percentage points."""
     if not math.isfinite(value):
-        return "–"
+        return NONE
     # Adding zero turns -0.0 into 0.0.
     return f"{round(100 * value, 1) + 0.0:.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def count(number: int, what: str) -> str:
-    """A number of things, with the plural where it is due."""
-    return f"{number:,}{_SPACE}{what}{'' if number == 1 else 's'}"
+def count(number: int, what: str, *, plural: str = "s") -> str:
+    """A number of things, with the plural's ending where it is due."""
+    return f"{number:,}{_SPACE}{what}{'' if number == 1 else plural}"
 
 
 def names(items: Sequence[str]) -> str:
     """A list in a sentence."""
-    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1]))) if items else "nobody"
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def title(record: DemoRecord) -> str:
@@ -73,8 +113,10 @@ def cards(record: DemoRecord) -> list[tuple[str, str, str]]:
     seconds = _figure(summary.get("seconds"))
     if math.isnan(seconds):
         seconds = sum(s for _, s in record.steps) if record.steps else math.nan
+    lost = _mean(device.forgetting for device in record.devices)
+    naive = _mean(device.naive_forgetting for device in record.devices)
     devices = count(len(record.devices), "device")
-    return [
+    found = [
         (
             "Old classes: before → after",
             f"{share(old[0])} → {share(old[1])}",
@@ -87,18 +129,25 @@ def cards(record: DemoRecord) -> list[tuple[str, str, str]]:
         ),
         (
             "Forgetting",
-            f"{points(_mean(d.forgetting for d in record.devices))} points",
-            f"{points(_mean(d.naive_forgetting for d in record.devices))} without replay; "
-            f"mean of {devices}",
+            f"{points(lost)} points",
+            f"{points(naive)} without replay; mean of {devices}",
         ),
         (
             "Student",
             share(trained[0]),
             f"teacher {share(trained[1])}; the same student without a teacher {share(alone)}",
         ),
+        (
+            "Drift alarms",
+            f"{sum(d.alarms for d in record.devices):,}",
+            _where_drift(record.devices),
+        ),
         ("Bundle", _bytes(_figure(summary.get("bundle_bytes"))), "all that a device downloads"),
         ("Agent's memory", _bytes(memory or math.nan), "the most that one agent process held"),
-        ("Run time", _duration(seconds), "everything, from training to roll-out"),
+        ("Run time", _duration(seconds), "everything, from training to rollout"),
+    ]
+    return [
+        (name, value if re.search(r"\d", value) else "no data", note) for name, value, note in found
     ]
 
 
@@ -121,18 +170,18 @@ def merge_outcome(merge: MergeRecord) -> tuple[str, bool]:
         return f"Published as version {merge.version}.", True
     if not math.isfinite(merge.merged_acc):
         return "Nothing was merged.", False
-    return "Not published.", False
+    return "Refused by the gate, so not published.", False
 
 
 def _learned(record: DemoRecord) -> str:
-    if not any(device.matrix for device in record.devices):
-        return f"{count(len(record.devices), 'device')} ran, but none reported what it learned"
     _, (before, after, _) = _old_and_new(record)
+    if not math.isfinite(after):
+        return f"{count(len(record.devices), 'device')} ran, but none reported what it learned"
     taught = [label for group in record.groups[1:] for label in _classes(record, group)]
+    new_classes = count(len(taught), "new class", plural="es")
     verb = "learned" if after > before else "did not learn"
-    text = f"{count(len(record.devices), 'device')} {verb} {count(len(taught), 'new class')}"
-    text = text.replace("classs", "classes")
-    if math.isfinite(before) and math.isfinite(after):
+    text = f"{count(len(record.devices), 'device')} {verb} {new_classes}"
+    if math.isfinite(before):
         text += f" (accuracy {share(before)} → {share(after)})"
     lost = _mean(device.forgetting for device in record.devices)
     naive = _mean(device.naive_forgetting for device in record.devices)
@@ -144,7 +193,14 @@ def _learned(record: DemoRecord) -> str:
 
 
 def _classes(record: DemoRecord, group: str) -> list[str]:
-    return record.group_labels.get(group, group).split(", ")
+    return list(record.group_labels.get(group, (group,)))
+
+
+def _where_drift(devices: Sequence[DeviceRecord]) -> str:
+    alarmed = [device.name for device in devices if device.alarms]
+    drifted = [device.name for device in devices if device.drifts_at is not None]
+    on = f"on {names(alarmed)}" if alarmed else "on no device"
+    return f"{on}; inputs did change on {names(drifted)}" if drifted else f"{on}; no inputs changed"
 
 
 def _drifted(devices: Sequence[DeviceRecord]) -> str:
@@ -202,21 +258,20 @@ def _mean(values: Iterable[float]) -> float:
 
 def _figure(value: object) -> float:
     """A figure of the summary; NaN where it is missing or no number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number else math.nan
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _bytes(value: float) -> str:
     if not math.isfinite(value):
-        return "–"
-    if value >= 1e6:
-        return f"{value / 1e6:,.1f}{_SPACE}MB"
-    return f"{value / 1e3:,.0f}{_SPACE}kB"
+        return NONE
+    if value >= 2**20:
+        return f"{value / 2**20:,.1f}{_SPACE}MiB"
+    return f"{value / 2**10:,.0f}{_SPACE}KiB"
 
 
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
-        return "–"
+        return NONE
     if seconds < 120:
         return f"{seconds:.1f}{_SPACE}s"
     return f"{seconds // 60:.0f}{_SPACE}min {seconds % 60:.0f}{_SPACE}s"

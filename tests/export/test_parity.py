@@ -1,0 +1,205 @@
+"""Every engine computes what torch computes, and one that does not is found out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from msgspec.structs import replace
+
+from edge_ll.bundle import RECIPE, STEP, TAIL
+from edge_ll.config import load
+from edge_ll.errors import BundleError, EngineError, ExportError
+from tests.conftest import skip_unless_ci
+from tests.tiny_bundle import (
+    CAPACITY,
+    LATENT,
+    LEARNER,
+    TAILS,
+    step_graph,
+    tail_graph,
+    torch_tail,
+    write_tiny_bundle,
+    write_torch_bundle,
+)
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+
+SGD = replace(LEARNER, optimizer="sgd", momentum=0.9)
+PLAIN = replace(LEARNER, optimizer="sgd", momentum=0.0, weight_decay=0.0)
+HARD = replace(LEARNER, weight_decay=0.3, clip_norm=0.05)
+
+
+def _check(bundle, kind="linear", engine="step-graph", **arguments):
+    from edge_ll_export.parity import check_parity
+
+    return check_parity(bundle, engine, torch_tail(kind), **arguments)
+
+
+@pytest.mark.parametrize("learner", [LEARNER, SGD, HARD], ids=["adamw", "sgd", "decay and clip"])
+@pytest.mark.parametrize("kind", TAILS)
+def test_the_step_graph_is_torch(tmp_path, kind, learner):
+    from edge_ll_export.parity import TOLERANCE, require_parity
+
+    parity = _check(write_torch_bundle(tmp_path / "b", kind, learner), kind)
+    assert (parity.engine, parity.steps) == ("step-graph", 10)
+    assert max(parity.logits, parity.losses, parity.theta) <= TOLERANCE
+    require_parity(parity)
+
+
+@pytest.mark.ort_training
+@pytest.mark.parametrize(
+    ("kind", "learner"),
+    [
+        ("linear", LEARNER),
+        ("mlp", LEARNER),
+        ("pointwise", LEARNER),
+        ("linear", PLAIN),
+        ("mlp", HARD),
+    ],
+    ids=lambda value: getattr(value, "optimizer", value),
+)
+def test_onnxruntime_training_is_torch(tmp_path, kind, learner):
+    from edge_ll.engine.ort_training import is_available
+    from edge_ll_export.parity import require_parity
+
+    if not is_available():
+        skip_unless_ci("onnxruntime-training is not installed")
+    bundle = write_torch_bundle(tmp_path / "b", kind, learner, artifacts=True)
+    parity = _check(bundle, kind, "ort-training")
+    assert parity.engine == "ort-training"
+    require_parity(parity)
+
+
+def test_torch_s_tail_is_left_as_it_was(tmp_path):
+    from edge_ll_export.parity import check_parity
+    from edge_ll_export.tail_loss import flatten_theta
+
+    tail = torch_tail("linear")
+    before = flatten_theta(tail)
+    check_parity(write_torch_bundle(tmp_path / "b", "linear"), "step-graph", tail, steps=2)
+    assert torch.equal(flatten_theta(tail), before)
+
+
+def _perturbed() -> np.ndarray:
+    from edge_ll_export.tail_loss import flatten_theta
+
+    theta = flatten_theta(torch_tail("linear")).numpy().copy()
+    theta[3] += 1e-3
+    return theta
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (lambda: {"theta": _perturbed()}, "logits"),
+        (lambda: {"files": {STEP: step_graph(beta2=0.998)}}, "theta"),
+        (lambda: {"files": {STEP: step_graph("sgd")}}, "theta"),
+        (lambda: {"files": {TAIL: _shifted_tail()}}, "logits"),
+    ],
+    ids=["theta", "optimizer constant", "another optimizer", "tail graph"],
+)
+def test_what_differs_from_torch_is_found(tmp_path, changes, field):
+    from edge_ll_export.parity import TOLERANCE, require_parity
+
+    parity = _check(write_torch_bundle(tmp_path / "b", "linear", **changes()))
+    assert getattr(parity, field) > TOLERANCE
+    assert not parity.ok
+    with pytest.raises(ExportError, match=r"step-graph on onnxruntime .* differs from torch"):
+        require_parity(parity)
+
+
+def _shifted_tail() -> bytes:
+    """Logits that are off by a little."""
+    from tests.tiny_bundle import Graph, _linear
+
+    g = Graph()
+    g.op("Add", _linear(g, CAPACITY), g.const(1e-3), out="logits")
+    size = CAPACITY * (LATENT + 1)
+    return g.model(
+        {"latents": ("float32", ("batch", LATENT)), "theta": ("float32", (size,))},
+        {"logits": ("float32", ("batch", CAPACITY))},
+    )
+
+
+@pytest.mark.parametrize("field", ["logits", "losses", "theta"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.1e-4])
+def test_no_difference_too_large_or_not_a_number_passes(field, value):
+    from edge_ll_export.parity import Parity, require_parity
+
+    fields = {"logits": 0.0, "losses": 0.0, "theta": 0.0, field: value}
+    parity = Parity(engine="e", runtime="r", steps=10, **fields)
+    assert not parity.ok
+    with pytest.raises(ExportError):
+        require_parity(parity)
+
+
+def test_a_loss_that_is_not_a_number_is_a_difference(tmp_path, monkeypatch):
+    from edge_ll.engine import step_graph as module
+
+    bundle = write_torch_bundle(tmp_path / "b", "linear")
+    real = module.StepGraphEngine.step
+
+    def step(engine, batch):
+        real(engine, batch)
+        return math.nan
+
+    monkeypatch.setattr(module.StepGraphEngine, "step", step)
+    assert not _check(bundle).ok
+
+
+def test_an_engine_that_cannot_run_here_is_an_engine_error(tmp_path):
+    with pytest.raises(EngineError):
+        _check(write_torch_bundle(tmp_path / "b", "linear"), engine="ort-training")
+
+
+# The tail from the recipe in the bundle
+
+
+def _recipe(*, hidden: tuple[int, ...] = (), capacity: int = CAPACITY) -> bytes:
+    from edge_ll_export.recipe import Classes, Recipe, Tail
+
+    recipe = load(Path(__file__).parents[2] / "export" / "recipes" / "digits.toml", Recipe)
+    classes = Classes(
+        base=(0, 1),
+        experiences=((2,), (3,)),
+        capacity=capacity,
+        labels=tuple(str(i) for i in range(capacity)),
+    )
+    tail = Tail(kind="mlp" if hidden else "linear", hidden=hidden)
+    student = replace(recipe.student, tail=tail)
+    return msgspec.json.encode(replace(recipe, classes=classes, student=student))
+
+
+def test_the_recipe_rebuilds_the_tail_with_the_bundle_s_theta(tmp_path):
+    from edge_ll_export.parity import check_parity, require_parity, tail_of
+    from edge_ll_export.tail_loss import flatten_theta
+
+    theta = np.random.default_rng(0).standard_normal(CAPACITY * (LATENT + 1)).astype(np.float32)
+    bundle = write_tiny_bundle(tmp_path / "b", theta=theta, files={RECIPE: _recipe()})
+    tail = tail_of(bundle)
+    assert np.array_equal(flatten_theta(tail).numpy(), theta)
+    require_parity(check_parity(bundle, "step-graph", tail))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (None, "holds no 'recipe.json'"),
+        (b"not json", r"recipe\.json"),
+        (b"{}", r"recipe\.json"),
+        (_recipe(hidden=(5,)), "other parameters"),
+        (_recipe(capacity=5), "other parameters"),
+    ],
+    ids=["absent", "no json", "empty", "another tail", "another capacity"],
+)
+def test_a_recipe_that_does_not_fit_is_refused(tmp_path, recipe, message):
+    from edge_ll_export.parity import tail_of
+
+    files = {} if recipe is None else {RECIPE: recipe}
+    with pytest.raises(BundleError, match=message):
+        tail_of(write_tiny_bundle(tmp_path / "b", files={**files, TAIL: tail_graph()}))

@@ -1,0 +1,168 @@
+"""The step graph: its gradient is the loss's, its update torch's, its operators everybody's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edge_ll.engine import MASKED
+from edge_ll.engine.step_graph import HYPER, OUTPUTS
+from edge_ll.errors import ExportError
+from tests.tiny_bundle import CAPACITY, TAILS, exported_step, step_graph, torch_tail
+
+pytestmark = pytest.mark.torch
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+HYPERS = np.array([0.03, 0.01, 1.0, 0.9, 1.0], np.float32)
+
+
+def _batch(kind: str, n: int, seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    mask = np.zeros((n, CAPACITY), dtype)
+    mask[:, -1] = MASKED
+    return {
+        "latents": rng.standard_normal((n, *TAILS[kind][0])).astype(dtype),
+        "labels": rng.integers(0, CAPACITY - 1, n),
+        "ce_weight": rng.random(n).astype(dtype),
+        "class_mask": mask,
+        "target_logits": rng.standard_normal((n, CAPACITY)).astype(dtype),
+        "target_weight": rng.random(n).astype(dtype),
+    }
+
+
+def _session(data: bytes):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+
+def _theta(kind: str) -> np.ndarray:
+    from edge_ll_export.tail_loss import flatten_theta
+
+    return flatten_theta(torch_tail(kind)).numpy()
+
+
+def _run(session, kind: str, batches, hyper=HYPERS):
+    """θ, m, v and all losses after the batches."""
+    theta, losses = _theta(kind), []
+    m = v = np.zeros_like(theta)
+    for count, batch in enumerate(batches, 1):
+        hyper = np.array([*hyper[:4], count], np.float32)
+        feeds = {**batch, "theta": theta, "m": m, "v": v, HYPER: hyper}
+        loss, _norm, theta, m, v = session.run(list(OUTPUTS), feeds)
+        losses.append(float(loss))
+    return theta, m, v, losses
+
+
+@pytest.mark.parametrize("kind", TAILS)
+def test_the_gradient_is_that_of_finite_differences(kind):
+    """In float64, with no momentum and no clipping, m' of SGD is the gradient itself."""
+    from edge_ll_export.step_graph import training_step
+    from edge_ll_export.tail_loss import flatten_theta
+
+    tail = torch_tail(kind).double()
+    step = training_step(tail, "sgd")
+    batch = [torch.from_numpy(part) for part in _batch(kind, 5, dtype=np.float64).values()]
+    theta = flatten_theta(tail).double()
+    zero = torch.zeros_like(theta)
+    hyper = torch.tensor([0.1, 0.0, 1e9, 0.0, 1.0], dtype=torch.float64)
+
+    def loss_at(point) -> float:
+        return float(step(*batch, point, zero, zero, hyper)[0])
+
+    _, norm, _, gradient, _ = step(*batch, theta, zero, zero, hyper)
+    width = 1e-5
+    numeric = torch.zeros_like(theta)
+    for i in range(len(theta)):
+        nudge = torch.zeros_like(theta)
+        nudge[i] = width
+        numeric[i] = (loss_at(theta + nudge) - loss_at(theta - nudge)) / (2 * width)
+    assert torch.abs(numeric - gradient).max() < 1e-7
+    assert float(norm) == pytest.approx(float(gradient.norm()), rel=1e-12)
+    assert gradient.abs().max() > 1e-3
+
+
+def test_the_step_leaves_the_module_alone():
+    from edge_ll_export.step_graph import training_step
+
+    tail, before = torch_tail("mlp"), _theta("mlp")
+    batch = [torch.from_numpy(part) for part in _batch("mlp", 4).values()]
+    state = [torch.from_numpy(_theta("mlp")), torch.zeros(len(before)), torch.zeros(len(before))]
+    training_step(tail, "adamw")(*batch, *state, torch.from_numpy(HYPERS))
+    from edge_ll_export.tail_loss import flatten_theta
+
+    assert np.array_equal(flatten_theta(tail).numpy(), before)
+    assert all(parameter.grad is None for parameter in tail.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", TAILS)
+def test_the_graph_runs_everywhere_on_any_batch(kind, optimizer):
+    from tests.export.test_graphs import check_portable
+
+    data = exported_step(kind, optimizer)
+    model = check_portable(data)
+    names = [*_batch(kind, 1), "theta", "m", "v", HYPER]
+    assert {item.name for item in model.graph.input} == set(names)
+    assert [item.name for item in model.graph.output] == list(OUTPUTS)
+    session = _session(data)
+    for n in (1, 2, 5, 40):
+        theta, m, v, losses = _run(session, kind, [_batch(kind, n)])
+        assert theta.shape == m.shape == v.shape == _theta(kind).shape
+        assert theta.dtype == np.float32
+        assert np.isfinite([*theta, *m, *v, *losses]).all()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", TAILS)
+def test_a_gradient_of_zero_moves_nothing_and_is_no_nan(kind, optimizer):
+    batch = _batch(kind, 3)
+    batch |= {"ce_weight": np.zeros(3, np.float32), "target_weight": np.zeros(3, np.float32)}
+    hyper = np.array([0.03, 0.0, 1.0, 0.9, 1.0], np.float32)
+    theta, m, v, losses = _run(_session(exported_step(kind, optimizer)), kind, [batch] * 3, hyper)
+    assert np.array_equal(theta, _theta(kind))
+    assert not m.any()
+    assert not v.any()
+    assert losses == [0.0] * 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_handwritten_graph_is_the_exported_one(optimizer):
+    batches = [_batch("linear", 1 + i % 7, seed=i) for i in range(20)]
+    ours = _run(_session(step_graph(optimizer)), "linear", batches)
+    theirs = _run(_session(exported_step("linear", optimizer)), "linear", batches)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(np.array(a) - np.array(b)).max() < 2e-6
+    onnx.checker.check_model(onnx.load_from_string(step_graph(optimizer)))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.1, 1e6])
+def test_the_gradient_is_clipped_by_its_norm(clip):
+    session, batch = _session(exported_step("linear", "sgd")), _batch("linear", 6)
+
+    def gradient(limit: float) -> np.ndarray:
+        return _run(session, "linear", [batch], np.array([1.0, 0, limit, 0, 1], np.float32))[1]
+
+    whole = gradient(1e6)
+    norm = np.linalg.norm(whole)
+    expected = whole * min(1.0, clip / norm)
+    assert np.allclose(gradient(clip), expected, atol=1e-7)
+
+
+class Sorting(torch.nn.Module):
+    """A tail whose gradient has no ONNX form."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(6, 6))
+
+    def forward(self, z):
+        return torch.linalg.solve(self.weight + torch.eye(6), z.unsqueeze(2)).squeeze(2)
+
+
+def test_a_tail_without_an_onnx_form_is_an_export_error():
+    from edge_ll_export.step_graph import export_step_graph
+
+    with pytest.raises(ExportError):
+        export_step_graph(Sorting(), (6,), "adamw")
