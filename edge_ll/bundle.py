@@ -79,6 +79,8 @@ class Bundle:
                     key_id = trust.verify(text, _bounded(archive, entries, SEAL, SEAL_BYTES))
                     manifest = Manifest.decode(text)
                     _check_files(archive, entries, manifest)
+        except FileNotFoundError as error:
+            raise BundleError(f"{where}there is no such file; expected a bundle") from error
         except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
             raise BundleError(f"{where}the bundle is damaged or cut off: {error}") from error
         except EdgeLLError as error:

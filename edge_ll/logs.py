@@ -12,6 +12,7 @@ import logging
 import sys
 from typing import Any, Literal
 
+PACKAGES = ("edge_ll", "edge_ll_device", "edge_ll_export")
 LEVELS = ("debug", "info", "warning", "error")
 _RESERVED = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -47,7 +48,12 @@ def _quoted(value: object) -> str:
 
 
 def configure(*, level: str = "info", style: Literal["text", "json"] = "text") -> None:
-    """Send every record at ``level`` or above to standard error, one line each."""
+    """Send records to standard error, one line each.
+
+    Our own from ``level`` on; of other packages, warnings and errors only.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(style))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(level.upper())

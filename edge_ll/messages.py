@@ -198,7 +198,7 @@ class Event(Message, frozen=True, kw_only=True):
 
     session: Session
     at_s: Real
-    kind: Literal["sample_refused", "bundle_refused", "drift", "stream_ended"]
+    kind: Literal["bundle_refused", "drift", "stream_ended"]
     detail: Text
 
 

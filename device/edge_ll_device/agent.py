@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 _INBOX = 1000
 _IDLE_S = 0.05
+_STATUS_S = 10.0
 
 
 def last_will(config: AgentConfig, session: str) -> Will:
@@ -75,6 +76,7 @@ class Agent:
         self._stream: Iterator[Sample] | None = None
         self._next: Sample | None = None
         self._next_batch_s = 0.0
+        self._next_status_s = 0.0
         self._stopping = False
 
     def stop(self) -> None:
@@ -111,6 +113,8 @@ class Agent:
         self._outbox.drain(self._transport)
         if due and student is not None and student is self._deployment.student:
             self._take_batch(student)
+        if time.monotonic() >= self._next_status_s:
+            self._save_status()
 
     # What comes in
 
@@ -203,8 +207,10 @@ class Agent:
     def _take_batch(self, student: Student) -> None:
         """Predict and learn one batch of one experience; report when that is due."""
         batch = self._next_batch(student.bundle.manifest.learner.batch_new)
-        before = student.tally.seen
+        before, calm = student.tally.seen, not student.drift.alarm
         student.take(batch)
+        if calm and student.drift.alarm:
+            self._reporter.event("drift", f"inputs look new since sample {student.tally.taken}")
         every = self._config.report_every_samples
         if self._next is None or self._next.experience != student.tally.experience:
             self._finish_experience(student)
@@ -262,6 +268,7 @@ class Agent:
                 "learning": self._why(),
             }
         self._store.save_status(status)
+        self._next_status_s = time.monotonic() + _STATUS_S
 
     def _why(self) -> str:
         """Why it is, or is not, learning now."""

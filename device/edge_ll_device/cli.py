@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(level=arguments.log_level, style=arguments.log_format)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has enough; leave without a fuss at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except EdgeLLError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -91,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     session = secrets.token_hex(8)
     transport = MqttTransport(
         settings.broker.url,
-        client_id=f"{settings.tenant}-{settings.device}",
+        client_id=f"edge-ll:{settings.tenant}:{settings.device}",
         will=last_will(settings, session),
         keepalive_s=settings.broker.keepalive_s,
     )

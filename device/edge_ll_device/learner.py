@@ -84,7 +84,7 @@ class Learner:
 
     def predict(self, latents: Float32) -> tuple[Int64, Float32]:
         """The likeliest known class, int64 [N], and its probability, float32 [N]."""
-        logits = self.engine.logits(latents) + self._class_mask()
+        logits = self.engine.logits(latents) + self._class_mask(self._known)
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = shifted / shifted.sum(axis=1, keepdims=True)
         chosen = probabilities.argmax(axis=1)
@@ -99,10 +99,14 @@ class Learner:
 
         Returns:
             The loss of the last step.
+
+        Raises:
+            EngineError: A step was refused. Steps before it stay; the samples do not enter the
+                buffer, and classes that came with them are not known yet.
         """
         learner = self._manifest.learner
-        self._known |= set(labels.tolist())
-        mask = self._class_mask()
+        known = self._known | set(labels.tolist())
+        mask = self._class_mask(known)
         loss = float("nan")
         for _ in range(learner.steps_per_batch):
             old_latents, old_labels = self.buffer.sample(learner.batch_replay)
@@ -111,6 +115,7 @@ class Learner:
             )
             loss = self.engine.step(batch)
             self.steps += 1
+        self._known = known
         self.buffer.add(latents, labels)
         return loss
 
@@ -146,9 +151,9 @@ class Learner:
         self.buffer.restore(snapshot.buffer)
         self._known |= set(snapshot.known.tolist())
 
-    def _class_mask(self) -> Float32:
+    def _class_mask(self, known: set[int]) -> Float32:
         mask = np.full(self._manifest.capacity, MASKED, np.float32)
-        mask[list(self._known)] = 0.0
+        mask[list(known)] = 0.0
         return mask
 
 

@@ -11,7 +11,7 @@ from edge_ll_device.outbox import Outbox
 from edge_ll_device.student import Student
 
 Phase = Literal["baseline", "progress", "experience", "activated"]
-EventKind = Literal["sample_refused", "bundle_refused", "drift", "stream_ended"]
+EventKind = Literal["bundle_refused", "drift", "stream_ended"]
 
 _DETAIL = 2000
 

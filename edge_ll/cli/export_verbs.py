@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ll.cli.extras import need
-from edge_ll.errors import DataError
 
 if TYPE_CHECKING:
     from edge_ll.bundle import Bundle
@@ -71,8 +70,6 @@ def _open(arguments: argparse.Namespace) -> Bundle:
     from edge_ll.bundle import Bundle
     from edge_ll.trust import TrustStore
 
-    if not arguments.bundle.exists():
-        raise DataError(f"{arguments.bundle} does not exist; expected a bundle's file")
     return Bundle.open(arguments.bundle, TrustStore.from_file(arguments.trust))
 
 

@@ -22,7 +22,7 @@ example:
 """
 _PUSH_EXAMPLE = """\
 example:
-  edge-ll push digits-v2.bundle --data fleet-data --trust signer.key.pub
+  edge-ll push digits-v2.bundle --data fleet-data --trust signing.pem.pub
 """
 _DEVICES_EXAMPLE = """\
 example:
@@ -102,7 +102,7 @@ def run_serve(args: argparse.Namespace) -> int:
         args.data.mkdir(parents=True, exist_ok=True)
         trust = _trust(args.trust) if args.trust else None
         registry = Registry(args.data / DATABASE)
-        with MqttTransport(args.broker, client_id=f"edge-ll-fleet-{args.tenant}") as transport:
+        with MqttTransport(args.broker, client_id=f"edge-ll-fleet:{args.tenant}") as transport:
             server = FleetServer(
                 transport, registry, tenant=args.tenant, folder=args.data, trust=trust
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,7 @@ from edge_ll.cli.export_verbs import add_export, add_inspect, add_train, add_ver
 from edge_ll.cli.fleet_verbs import add_devices, add_fleet, add_push
 from edge_ll.errors import EdgeLLError
 
-FAILED = 2
+OK, FAILED = 0, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.configure(level=arguments.log_level, style=arguments.log_format)
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has enough; leave without a fuss at shutdown.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
     except EdgeLLError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED

@@ -1,7 +1,7 @@
 """From reports to what a person wants to know: pure functions, no registry, no clock.
 
-All take reports in the order of arrival. Counts on a device start anew with its session, so a
-function looks at the reports of one session and says which.
+All take reports in the order of arrival. A device keeps its counts across restarts; where a
+function looks at one session only, it says so.
 """
 
 from __future__ import annotations

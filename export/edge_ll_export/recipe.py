@@ -201,7 +201,8 @@ class Drift(Section, frozen=True, kw_only=True):
         float, Meta(gt=1.0, description="Samples between false alarms, at least, on average")
     ] = 1e5
     tolerance: Annotated[
-        Share, Meta(description="Rise of the mean novelty rank over one half that is no drift")
+        float,
+        Meta(ge=0.0, lt=0.5, description="Shift of the mean novelty rank that is no drift"),
     ] = 0.05
     components: Annotated[
         Count, Meta(description="Whitened principal components behind the novelty score")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_ll.cli.main import main, parser
+from edge_ll.trust import Signer
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +44,10 @@ def test_a_missing_extra_names_the_pip_command(monkeypatch, capsys):
 
 
 def test_inspect_without_a_bundle(tmp_path, capsys):
-    assert main(["inspect", str(tmp_path / "absent"), "--trust", "key.pub"]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "key.pub").write_text(Signer.generate().public_key.hex())
+    key = ["--trust", str(tmp_path / "key.pub")]
+    assert main(["inspect", str(tmp_path / "absent"), *key]) == 2
+    assert "no such file" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

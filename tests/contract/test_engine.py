@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from tests.tiny_bundle import (
     SHAPE,
     base_theta,
     batch_of,
+    exported_artifacts,
     toy,
     write_tiny_bundle,
 )
@@ -37,17 +37,12 @@ NAN = np.float32("nan")
 Make = Callable[..., Engine]
 
 
-@lru_cache
 def _artifacts(learner: LearnerDefaults) -> dict[str, bytes]:
     if find_spec("torch") is None:
         skip_unless_ci("the artifacts are exported with torch, which is not installed")
     if find_spec("onnxruntime.training") is None:
         skip_unless_ci("onnxruntime-training is not installed")
-    from edge_ll_export.models.tails import MlpTail
-    from edge_ll_export.ort_artifacts import export_ort_artifacts
-
-    tail = MlpTail(latent_shape=(LATENT,), hidden=(), capacity=CAPACITY)
-    return export_ort_artifacts(tail, (LATENT,), learner)
+    return exported_artifacts("linear", replace(learner, learning_rate=1e-3))
 
 
 @pytest.fixture(

@@ -206,10 +206,14 @@ def _zero_backbone() -> bytes:
     return g.model({"x": ("uint8", ("batch", 1, 8, 8))}, {"latents": ("float32", ("batch", 32))})
 
 
+def _other_step() -> bytes:
+    return _graphs("adamw")["export_step_graph"]
+
+
 BROKEN = {
     "backbone": ({"export_backbone": _zero_backbone}, "backbone"),
     "another optimizer": (
-        {"export_step_graph": lambda: _graphs("adamw")["export_step_graph"]},
+        {"export_step_graph": _other_step},
         "θ",
     ),
     "theta": ({"flatten_theta": lambda: torch.full((165,), 0.01)}, "logits"),

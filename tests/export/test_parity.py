@@ -97,7 +97,7 @@ def _perturbed() -> np.ndarray:
     ("changes", "field"),
     [
         (lambda: {"theta": _perturbed()}, "logits"),
-        (lambda: {"files": {STEP: step_graph(beta2=0.998)}}, "theta"),
+        (lambda: {"files": {STEP: step_graph(beta2=0.99)}}, "theta"),
         (lambda: {"files": {STEP: step_graph("sgd")}}, "theta"),
         (lambda: {"files": {TAIL: _shifted_tail()}}, "logits"),
     ],
@@ -111,6 +111,15 @@ def test_what_differs_from_torch_is_found(tmp_path, changes, field):
     assert not parity.ok
     with pytest.raises(ExportError, match=r"step-graph on onnxruntime .* differs from torch"):
         require_parity(parity)
+
+
+@pytest.mark.parametrize("rate", [3e-2, 1e-3, 1e-5])
+def test_another_optimizer_is_found_at_every_learning_rate(tmp_path, rate):
+    learner = replace(LEARNER, learning_rate=rate)
+    right = write_torch_bundle(tmp_path / "right", "linear", learner)
+    assert _check(right).ok
+    files = {STEP: step_graph("sgd")}
+    assert not _check(write_torch_bundle(tmp_path / "wrong", "linear", learner, files=files)).ok
 
 
 def _shifted_tail() -> bytes:

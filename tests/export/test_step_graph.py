@@ -8,7 +8,7 @@ import pytest
 from edge_ll.engine import MASKED
 from edge_ll.engine.step_graph import HYPER, OUTPUTS
 from edge_ll.errors import ExportError
-from tests.tiny_bundle import CAPACITY, TAILS, exported_step, step_graph, torch_tail
+from tests.tiny_bundle import CAPACITY, LATENT, TAILS, exported_step, step_graph, torch_tail
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -59,7 +59,7 @@ def _run(session, kind: str, batches, hyper=HYPERS):
 def test_the_gradient_is_that_of_finite_differences(kind):
     """In float64, with no momentum and no clipping, m' of SGD is the gradient itself."""
     from edge_ll_export.step_graph import training_step
-    from edge_ll_export.tail_loss import flatten_theta
+    from edge_ll_export.tail_loss import TailLoss, flatten_theta, split_theta, theta_layout
 
     tail = torch_tail(kind).double()
     step = training_step(tail, "sgd")
@@ -68,8 +68,12 @@ def test_the_gradient_is_that_of_finite_differences(kind):
     zero = torch.zeros_like(theta)
     hyper = torch.tensor([0.1, 0.0, 1e9, 0.0, 1.0], dtype=torch.float64)
 
+    module, layout = TailLoss(tail), theta_layout(tail)
+
     def loss_at(point) -> float:
-        return float(step(*batch, point, zero, zero, hyper)[0])
+        named = {f"tail.{name}": part for name, part in split_theta(point, layout).items()}
+        with torch.no_grad():
+            return float(torch.func.functional_call(module, named, tuple(batch))[0])
 
     _, norm, _, gradient, _ = step(*batch, theta, zero, zero, hyper)
     width = 1e-5
@@ -150,19 +154,33 @@ def test_the_gradient_is_clipped_by_its_norm(clip):
     assert np.allclose(gradient(clip), expected, atol=1e-7)
 
 
-class Sorting(torch.nn.Module):
-    """A tail whose gradient has no ONNX form."""
+class Branching(torch.nn.Module):
+    """A tail that decides by values, which no graph can express."""
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(6, 6))
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
     def forward(self, z):
-        return torch.linalg.solve(self.weight + torch.eye(6), z.unsqueeze(2)).squeeze(2)
+        return z * self.weight if z.sum() > 0 else z
 
 
-def test_a_tail_without_an_onnx_form_is_an_export_error():
+def test_a_tail_that_cannot_be_traced_is_an_export_error():
     from edge_ll_export.step_graph import export_step_graph
 
     with pytest.raises(ExportError):
-        export_step_graph(Sorting(), (6,), "adamw")
+        export_step_graph(Branching(), (6,), "adamw")
+
+
+@pytest.mark.parametrize(
+    ("shape", "capacity"), [((LATENT,), 3), ((3,), CAPACITY)], ids=["capacity", "latent"]
+)
+def test_no_size_of_the_tail_is_mistaken_for_the_batch(shape, capacity):
+    """Three classes, or a latent of three, as many as the example batch has samples."""
+    from edge_ll_export.models.tails import MlpTail
+    from edge_ll_export.step_graph import export_step_graph
+
+    tail = MlpTail(latent_shape=shape, hidden=(), capacity=capacity)
+    model = onnx.load_from_string(export_step_graph(tail, shape, "sgd"))
+    for item in model.graph.input[:6]:
+        assert item.type.tensor_type.shape.dim[0].dim_param, f"{item.name} has a fixed batch"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from edge_ll import logs
 from edge_ll.cli.extras import need
 from edge_ll.errors import DataError
 
@@ -47,7 +48,8 @@ def run_demo(arguments: argparse.Namespace) -> int:
     from edge_ll.cli.demo.report import write_report
 
     # The terminal belongs to the progress bars; agents log into files of their own.
-    logging.getLogger().setLevel(logging.ERROR)
+    for package in logs.PACKAGES:
+        logging.getLogger(package).setLevel(logging.ERROR)
     recipe = arguments.recipe or RECIPES / f"{arguments.dataset}.toml"
     if not recipe.exists():
         raise DataError(f"{recipe} does not exist; run this in the project's folder, or --recipe")
