@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,6 +36,19 @@ MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
 MAX_FILES = 64
 
+# What zipfile raises on bytes that somebody has tampered with.
+_ZIP_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 _READ_BYTES = 1 << 20
 _PLAIN_DOMAINS = ("", "ai.onnx")
 _TRAINING_DOMAINS = (*_PLAIN_DOMAINS, "com.microsoft", "ai.onnx.training")
@@ -81,7 +97,7 @@ class Bundle:
                     _check_files(archive, entries, manifest)
         except FileNotFoundError as error:
             raise BundleError(f"{where}there is no such file; expected a bundle") from error
-        except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        except _ZIP_ERRORS as error:
             raise BundleError(f"{where}the bundle is damaged or cut off: {error}") from error
         except EdgeLLError as error:
             raise type(error)(f"{where}{error}") from error
@@ -99,8 +115,8 @@ class Bundle:
             raise BundleError(f"{self.manifest.name}: holds no {name!r}; it holds {held}")
         try:
             with _reading(self._source) as file, zipfile.ZipFile(file) as archive:
-                data = archive.read(name)
-        except (OSError, zipfile.BadZipFile, KeyError) as error:
+                data = _bounded(archive, _entries(archive), name, entry.size_bytes)
+        except _ZIP_ERRORS as error:
             raise BundleError(f"{name}: cannot be read any more: {error}") from error
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(f"{name}: changed since the bundle was opened")
@@ -112,16 +128,20 @@ class Bundle:
         if spec is None:
             held = ", ".join(sorted(self.manifest.arrays))
             raise BundleError(f"{self.manifest.name}: holds no array {name!r}; it holds {held}")
-        flat = np.frombuffer(self.read(spec.file), np.dtype(spec.dtype).newbyteorder("<"))
+        data = self.read(spec.file)
         try:
+            flat = np.frombuffer(data, np.dtype(spec.dtype).newbyteorder("<"))
             return flat.reshape(spec.shape)
         except ValueError as error:
-            raise BundleError(f"{name}: {flat.size} elements do not make {spec.shape}") from error
+            raise BundleError(
+                f"{name}: {len(data)} bytes do not make {spec.dtype} {spec.shape}"
+            ) from error
 
     def theta(self) -> npt.NDArray[np.float32]:
         """The tail's parameters as exported: float32 [P]."""
-        theta = np.frombuffer(self.read(THETA), "<f4").astype(np.float32)
-        if len(theta) != self.manifest.theta_size or not np.isfinite(theta).all():
+        data = self.read(THETA)
+        theta = np.frombuffer(data[: len(data) // 4 * 4], "<f4").astype(np.float32)
+        if len(data) % 4 or len(theta) != self.manifest.theta_size or not np.isfinite(theta).all():
             raise BundleError(
                 f"{THETA}: expected {self.manifest.theta_size} finite values, got {len(theta)}"
             )
@@ -138,7 +158,16 @@ def write_bundle(
     """Write a signed bundle; the manifest as written, with the files' hashes filled in.
 
     The same input gives the same bytes: entries are sorted and carry no time.
+
+    Raises:
+        BundleError: Too many files, or a name that is the bundle's own.
     """
+    reserved = {MANIFEST, SEAL} & set(files)
+    if reserved or len(files) > MAX_FILES:
+        raise BundleError(
+            f"a bundle holds at most {MAX_FILES} files, none of them called {MANIFEST} or {SEAL}; "
+            f"got {len(files)}{''.join(f', {name}' for name in sorted(reserved))}"
+        )
     listed = {
         name: FileEntry(sha256=hashlib.sha256(data).hexdigest(), size_bytes=len(data))
         for name, data in sorted(files.items())

@@ -56,7 +56,9 @@ def parse(raw: Mapping[str, Any], kind: type[S], *, source: str) -> S:
 
 def _section(raw: Any, kind: type[S], path: str, problems: list[str]) -> S | None:
     if not isinstance(raw, Mapping):
-        problems.append(f"{path}: expected a table, got {type(raw).__name__}")
+        problems.append(
+            f"{path.rstrip('.') or 'the whole'}: expected a table, got {type(raw).__name__}"
+        )
         return None
     hints = get_type_hints(kind, include_extras=True)
     known = {field.name: field for field in msgspec.structs.fields(kind)}

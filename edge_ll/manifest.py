@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -24,7 +24,7 @@ OptimizerName = Literal["adamw", "sgd"]
 
 Count = Annotated[int, Meta(ge=1)]
 Index = Annotated[int, Meta(ge=0)]
-Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Meta(pattern="^[0-9a-f]{64}\\Z")]
 Shape = tuple[Count, ...]
 
 
@@ -116,7 +116,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     format: int = FORMAT
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}\Z")]
     version: Count
     input: TensorSpec
     latent: TensorSpec
@@ -157,7 +157,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """UTF-8 JSON, unknown fields included."""
         plain = msgspec.to_builtins(self)
         extra = plain.pop("unknown")
-        return json.dumps(_overlay(extra, plain), indent=1).encode()
+        try:
+            return json.dumps(
+                _overlay(extra, plain, type(self)), indent=1, allow_nan=False
+            ).encode()
+        except ValueError as error:
+            raise BundleError(f"the manifest of {self.name} cannot be written: {error}") from error
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
@@ -168,7 +173,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             raw = msgspec.json.decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"manifest.json is not JSON: {error}") from error
         version = raw.get("format") if isinstance(raw, dict) else None
         if not isinstance(version, int) or not 1 <= version <= FORMAT:
@@ -187,22 +192,30 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(manifest, unknown=_unknown(raw, cls))
 
 
-def _unknown(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """What ``raw`` holds beyond the fields of ``kind`` and of the structs in it."""
-    hints = get_type_hints(kind)
-    extra: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in hints:
-            extra[key] = value
-        elif isinstance(hints[key], type) and issubclass(hints[key], msgspec.Struct):
-            inner = _unknown(value, hints[key])
-            if inner:
-                extra[key] = inner
-    return extra
+def _unknown(raw: Any, hint: Any) -> dict[Any, Any]:
+    """What ``raw`` holds beyond the structs that ``hint`` names, at any depth."""
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        hints = get_type_hints(hint)
+        extra = {key: value for key, value in raw.items() if key not in hints}
+        parts = {key: (raw[key], hints[key]) for key in raw if key in hints}
+    elif get_origin(hint) is dict:
+        extra, parts = {}, {key: (value, get_args(hint)[1]) for key, value in raw.items()}
+    elif get_origin(hint) is tuple:
+        extra, parts = {}, {i: (value, get_args(hint)[0]) for i, value in enumerate(raw)}
+    else:
+        return {}
+    return extra | {key: inner for key, part in parts.items() if (inner := _unknown(*part))}
 
 
-def _overlay(extra: Mapping[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(known)
-    for key, value in extra.items():
-        merged[key] = _overlay(value, known[key]) if key in known else value
-    return merged
+def _overlay(extra: Mapping[Any, Any], known: Any, hint: Any) -> Any:
+    """``known`` with ``extra`` put back; what belonged to an entry that is gone, goes."""
+    if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+        hints = get_type_hints(hint)
+        merged = dict(known)
+        for key, value in extra.items():
+            merged[key] = _overlay(value, known[key], hints[key]) if key in hints else value
+        return merged
+    inner = get_args(hint)[1 if get_origin(hint) is dict else 0]
+    if get_origin(hint) is dict:
+        return {k: _overlay(extra[k], v, inner) if k in extra else v for k, v in known.items()}
+    return [_overlay(extra[i], v, inner) if i in extra else v for i, v in enumerate(known)]

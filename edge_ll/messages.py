@@ -22,13 +22,14 @@ from edge_ll.metrics import Counts
 ROOT = "el/v1"
 MAX_MESSAGE_BYTES = 256 * 1024
 CHUNK_BYTES = 64 * 1024
+MAX_BUNDLE_BYTES = 2**31
 
 Count = Annotated[int, Meta(ge=1, lt=2**53)]
 Index = Annotated[int, Meta(ge=0, lt=2**53)]
 Real = Annotated[float, Meta(ge=-1e300, le=1e300)]  # NaN and infinities fail both
 Text = Annotated[str, Meta(max_length=2000)]
 Name = Annotated[str, Meta(max_length=128)]
-Session = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+Session = Annotated[str, Meta(pattern="^[0-9a-f]{16}\\Z")]
 
 _LEVEL = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -105,11 +106,27 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
             )
         try:
             decode: Callable[[bytes], Any]
-            decode = msgspec.json.decode if cls.encoding == "json" else cbor2.loads
+            decode = msgspec.json.decode if cls.encoding == "json" else _cbor
             raw = decode(payload)
             return msgspec.convert(raw, cls)
         except (msgspec.MsgspecError, cbor2.CBORError, ValueError, RecursionError) as error:
             raise ProtocolError(f"{cls.__name__}: {error}") from error
+
+
+# Tags make a decoder build regular expressions, big numbers, dates...: work for an attacker.
+def _refuse_tag(*_: Any) -> Any:
+    raise ValueError("holds a CBOR tag; no message has any")
+
+
+_TAGS = (
+    0, 1, 2, 3, 4, 5, 25, 28, 29, 30, 35, 36, 37, 52, 54, 100, 256, 258, 260, 261, 1004, 43000,
+    55799,
+)  # fmt: skip
+_NO_TAGS = dict.fromkeys(_TAGS, _refuse_tag)
+
+
+def _cbor(payload: bytes) -> Any:
+    return cbor2.loads(payload, semantic_decoders=_NO_TAGS, tag_hook=_refuse_tag, max_depth=16)
 
 
 class BundleRef(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,7 +227,7 @@ class Offer(Message, frozen=True, kw_only=True):
     retain: ClassVar[bool] = True
 
     bundle: BundleRef
-    size_bytes: Count
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_BUNDLE_BYTES)]
 
 
 class Reported(Message, frozen=True, kw_only=True):

@@ -79,7 +79,7 @@ def forgetting(matrix: Matrix) -> float:
     if last < 1:
         return 0.0
     drops = [
-        max(matrix[row][group].accuracy for row in range(group, last))
+        max((row[group].accuracy for row in matrix[:last] if row[group].n), default=math.nan)
         - matrix[last][group].accuracy
         for group in range(last)
     ]

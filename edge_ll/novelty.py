@@ -32,7 +32,7 @@ class NoveltyReference(NamedTuple):
 
     def score(self, latents: Float32) -> Float32:
         """Distance to the nearest class mean: float32 [N] for float32 [N, ...] latents."""
-        flat = latents.reshape(len(latents), -1)
+        flat = latents.reshape(len(latents), len(self.center))
         points = (flat - self.center) @ self.projection
         squares = np.square(points[:, None, :] - self.class_means[None]).sum(axis=2)
         nearest: Float32 = np.sqrt(squares.min(axis=1)).astype(np.float32)

@@ -39,6 +39,8 @@ def check_onnx(name: str, data: bytes, *, domains: Collection[str] = ("", "ai.on
     Raises:
         BundleError: What was found and why it is refused.
     """
+    if data[4:8] == b"ORTM":  # ONNX Runtime reads such bytes as its own format
+        raise BundleError(f"{name}: is in the ORT format; expected ONNX")
     view = memoryview(data)
     has_graph = False
     for number, wire, _, _ in _fields(name, view):
@@ -74,6 +76,8 @@ def _fields(name: str, view: memoryview) -> Iterator[tuple[int, int, int, memory
     while at < end:
         key, at = _varint(name, view, at)
         number, wire = key >> 3, key & 7
+        if not 1 <= number < 1 << 29:  # parsers drop the bits past the 32nd and see another field
+            raise BundleError(f"{name}: is not an ONNX file (field number {number})")
         value, chunk = 0, empty
         if wire == _VARINT:
             value, at = _varint(name, view, at)

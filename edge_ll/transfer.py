@@ -37,7 +37,7 @@ class Receiver:
         self._arrived = bytearray(self.chunks)
         if self._part.exists() and self._map.exists():
             kept = self._map.read_bytes()
-            if len(kept) == self.chunks:
+            if len(kept) == self.chunks and set(kept) <= {0, 1}:
                 self._arrived = bytearray(kept)
 
     @property
@@ -55,7 +55,7 @@ class Receiver:
         Raises:
             ProtocolError: There is no such chunk, or it has the wrong length.
         """
-        if index >= self.chunks:
+        if not 0 <= index < self.chunks:
             raise ProtocolError(f"chunk {index} of a file of {self.chunks} chunks")
         expected = min(CHUNK_BYTES, self.size_bytes - index * CHUNK_BYTES)
         if len(data) != expected:
@@ -121,9 +121,9 @@ class Puller:
 
     def accept(self, index: int, data: bytes, now_s: float) -> None:
         """Keep a chunk, and ask for the next window when this one is through."""
-        self.receiver.accept(index, data)
+        if self.receiver.accept(index, data):
+            self._last_s = now_s
         self._asked.discard(index)
-        self._last_s = now_s
         if not self._asked:
             self._ask(now_s)
 

@@ -36,6 +36,8 @@ def session_options(options: RuntimeOptions) -> Any:
     settings.inter_op_num_threads = 1
     settings.enable_cpu_mem_arena = False
     settings.log_severity_level = 3
+    # Never guess the format: the runtime's own would bypass the scan for foreign operators.
+    settings.add_session_config_entry("session.load_model_format", "ONNX")
     spin = "1" if options.spinning else "0"
     settings.add_session_config_entry("session.intra_op.allow_spinning", spin)
     return settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -181,23 +180,6 @@ def test_no_more_exemplars_are_shipped_than_the_buffer_holds():
     assert len(_exemplars(trained)) <= limit
 
 
-@cache
-def _graphs(optimizer: str) -> dict[str, bytes]:
-    """Good graphs, exported once for all the broken bundles below."""
-    from edge_ll_export.graphs import export_backbone, export_tail
-    from edge_ll_export.step_graph import export_step_graph
-
-    trained = _trained(**PLAIN)
-    student, shape = trained.student, trained.student.latent_shape
-    return {
-        "export_backbone": export_backbone(
-            student.backbone, torch.from_numpy(trained.dataset.x[:3])
-        ),
-        "export_tail": export_tail(student.tail, shape),
-        "export_step_graph": export_step_graph(student.tail, shape, optimizer),
-    }
-
-
 def _zero_backbone() -> bytes:
     g = Graph()
     flat = g.op("Flatten", g.op("Cast", "x", to=1), axis=1)
@@ -206,42 +188,61 @@ def _zero_backbone() -> bytes:
     return g.model({"x": ("uint8", ("batch", 1, 8, 8))}, {"latents": ("float32", ("batch", 32))})
 
 
-def _other_step() -> bytes:
-    return _graphs("adamw")["export_step_graph"]
-
-
+# Name -> (what of the export is replaced, by what; the recipe's learner; part of the reason)
 BROKEN = {
-    "backbone": ({"export_backbone": _zero_backbone}, "backbone"),
-    "another optimizer": (
-        {"export_step_graph": _other_step},
-        "θ",
-    ),
-    "theta": ({"flatten_theta": lambda: torch.full((165,), 0.01)}, "logits"),
+    "backbone": ({"export_backbone": _zero_backbone}, SMALL, "backbone"),
+    "another optimizer": ({}, PLAIN, "θ"),
+    "theta": ({"flatten_theta": lambda: torch.full((165,), 0.01)}, SMALL, "logits"),
 }
 
 
-@pytest.mark.parametrize(("broken", "reason"), BROKEN.values(), ids=BROKEN)
-def test_a_bundle_that_disagrees_with_torch_fails_and_leaves_no_signed_file(
-    tmp_path, monkeypatch, broken, reason
-):
+@pytest.fixture
+def exported(monkeypatch, bundle):
+    """The graphs of the good bundle, an adamw step graph among them, in place of new exports."""
     from edge_ll_export import pack
 
-    good = {name: (lambda data=data: data) for name, data in _graphs("sgd").items()}
-    for name, make in {**good, **broken}.items():
-        made = make()
-        monkeypatch.setattr(pack, name, lambda *_, made=made: made)
-    path = tmp_path / "broken.bundle"
+    def put(**replaced):
+        made = {
+            "export_backbone": bundle.read(BACKBONE),
+            "export_tail": bundle.read(TAIL),
+            "export_step_graph": bundle.read(STEP),
+            **replaced,
+        }
+        for name, value in made.items():
+            monkeypatch.setattr(pack, name, lambda *_, value=value: value)
+        monkeypatch.setattr(pack, "why_not", lambda _: "not wanted here")
+
+    return put
+
+
+@pytest.mark.parametrize(("broken", "learner", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_bundle_that_disagrees_with_torch_fails_and_leaves_no_signed_file(
+    tmp_path, exported, broken, learner, reason
+):
+    from edge_ll_export.pack import export_bundle
+
+    exported(**{name: make() for name, make in broken.items()})
     with pytest.raises(ExportError, match=reason):
-        pack.export_bundle(_trained(**PLAIN), path, SIGNER)
+        export_bundle(_trained(**learner), tmp_path / "broken.bundle", SIGNER)
     assert list(tmp_path.iterdir()) == [], "a bundle that failed must not lie there, signed"
 
 
-def test_momentum_leaves_one_engine(tmp_path, monkeypatch):
-    from edge_ll_export import pack
+def test_an_older_good_bundle_survives_a_failed_export(tmp_path, exported):
+    from edge_ll_export.pack import export_bundle
 
-    for name, data in _graphs("sgd").items():
-        monkeypatch.setattr(pack, name, lambda *_, data=data: data)
-    bundle, parities = pack.export_bundle(_trained(**PLAIN), tmp_path / "b", SIGNER)
+    path = tmp_path / "digits.bundle"
+    exported()
+    export_bundle(_trained(**SMALL), path, SIGNER)
+    before = path.read_bytes()
+    with pytest.raises(ExportError):
+        export_bundle(_trained(**PLAIN), path, SIGNER)
+    assert path.read_bytes() == before
+
+
+def test_momentum_leaves_one_engine(tmp_path):
+    from edge_ll_export.pack import export_bundle
+
+    bundle, parities = export_bundle(_trained(**PLAIN), tmp_path / "b", SIGNER)
     assert bundle.manifest.engines == ("step-graph",)
     assert [parity.engine for parity in parities] == ["step-graph"]
     assert not any(name.startswith("ort_training/") for name in bundle.manifest.files)
