@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import secrets
 import signal
 import sys
@@ -14,41 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edge_ll import __version__, config, logs
-from edge_ll.errors import EdgeLLError
+from edge_ll import config
+from edge_ll.terminal import FAILED, OK, add_common, run_verb
 
 if TYPE_CHECKING:
     from edge_ll_device.student import Student
 
 log = logging.getLogger(__name__)
 
-OK, FAILED = 0, 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; 0 when it worked, 2 when it could not, with the reason on standard error."""
-    arguments = _parser().parse_args(argv)
-    logs.configure(level=arguments.log_level, style=arguments.log_format)
-    try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has enough; leave without a fuss at shutdown.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except EdgeLLError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    return code
+    """Run a verb; its exit code, see :func:`edge_ll.terminal.run_verb`."""
+    return run_verb(_parser().parse_args(argv))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edge-ll-agent", description="The edge_ll agent: a student that learns on this device."
     )
-    parser.add_argument("--version", action="version", version=f"edge-ll {__version__}")
-    parser.add_argument("--log-level", choices=logs.LEVELS, default="info")
-    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    add_common(parser)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     run = _verb(verbs, "run", "run the agent until it is told to stop", _run,
                 "edge-ll-agent run --config agent.toml")  # fmt: skip

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_ll.cli.extras import need
+from edge_ll.terminal import CHECK_FAILED, OK
 
 if TYPE_CHECKING:
     from edge_ll.bundle import Bundle
     from edge_ll_export.parity import Parity
-
-CHECK_FAILED = 1
 
 
 def add_train(subparsers: Any) -> None:
@@ -175,4 +174,4 @@ def _print_parities(bundle: Bundle, parities: list[Parity], arguments: argparse.
                 f"{parity.logits:.1e}, losses {parity.losses:.1e}, θ after {parity.steps} steps "
                 f"{parity.theta:.1e}: {'ok' if parity.ok else 'FAILED'}"
             )
-    return 0 if ok else CHECK_FAILED
+    return OK if ok else CHECK_FAILED

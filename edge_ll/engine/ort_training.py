@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from onnxruntime.capi import _pybind_state as native
 
-from edge_ll.bundle import BACKBONE, ORT_TRAINING, TAIL, Bundle
+from edge_ll.bundle import ORT_TRAINING, Bundle
+from edge_ll.engine.graphs import InferenceGraphs
 from edge_ll.engine.port import (
     Batch,
     EngineInfo,
@@ -23,8 +24,7 @@ from edge_ll.engine.port import (
     check_batch,
     check_theta,
 )
-from edge_ll.engine.runtime import RuntimeOptions, open_session, runtime_name, session_options
-from edge_ll.engine.step_graph import run
+from edge_ll.engine.runtime import RuntimeOptions, runtime_name, session_options
 from edge_ll.errors import EngineError
 
 TRAINING, EVAL, OPTIMIZER = "training_model.onnx", "eval_model.onnx", "optimizer_model.onnx"
@@ -49,8 +49,7 @@ class OrtTrainingEngine:
             )
         self._manifest = bundle.manifest
         self._options = options
-        self._backbone = open_session(BACKBONE, bundle.read(BACKBONE), options)
-        self._tail = open_session(TAIL, bundle.read(TAIL), options)
+        self._graphs = InferenceGraphs(bundle, options)
         self._files = tempfile.TemporaryDirectory(prefix="edge-ll-")
         for name in FILES:
             (self._folder / name).write_bytes(bundle.read(ORT_TRAINING + name))
@@ -88,7 +87,7 @@ class OrtTrainingEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return EngineInfo("ort-training", self._backbone.get_providers()[0], runtime_name())
+        return EngineInfo("ort-training", self._graphs.provider, runtime_name())
 
     @property
     def theta(self) -> Float32:
@@ -110,14 +109,11 @@ class OrtTrainingEngine:
 
     def latents(self, x: npt.NDArray[Any]) -> Float32:
         """Run the backbone."""
-        latents: Float32 = run(self._backbone, ["latents"], {"x": x})[0]
-        return latents
+        return self._graphs.latents(x)
 
     def logits(self, latents: Float32) -> Float32:
         """Run the tail."""
-        feeds = {"latents": latents, "theta": self._theta}
-        logits: Float32 = run(self._tail, ["logits"], feeds)[0]
-        return logits
+        return self._graphs.logits(latents, self._theta)
 
     def step(self, batch: Batch) -> float:
         """One optimizer step."""

@@ -80,3 +80,16 @@ def choose_providers(wanted: tuple[str, ...]) -> list[str]:
 def runtime_name() -> str:
     """Package and version, for people."""
     return f"onnxruntime {ort.__version__}"
+
+
+def run(session: Any, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
+    """Run a session.
+
+    Raises:
+        EngineError: The runtime refused the input or failed.
+    """
+    try:
+        results: list[Any] = session.run(outputs, feeds)
+    except Exception as error:  # the runtime's exceptions share no base
+        raise EngineError(f"{outputs[0]}: {error}") from error
+    return results

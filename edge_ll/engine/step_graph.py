@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_ll.bundle import BACKBONE, STEP, TAIL, Bundle
+from edge_ll.bundle import STEP, Bundle
+from edge_ll.engine.graphs import InferenceGraphs
 from edge_ll.engine.port import (
     Batch,
     EngineInfo,
@@ -21,7 +22,7 @@ from edge_ll.engine.port import (
     check_batch,
     check_theta,
 )
-from edge_ll.engine.runtime import RuntimeOptions, open_session, runtime_name
+from edge_ll.engine.runtime import RuntimeOptions, open_session, run, runtime_name
 from edge_ll.errors import EngineError
 
 BETA1, BETA2 = 0.9, 0.999
@@ -36,8 +37,7 @@ class StepGraphEngine:
     def __init__(self, bundle: Bundle, options: RuntimeOptions) -> None:
         manifest = bundle.manifest
         self._manifest = manifest
-        self._backbone = open_session(BACKBONE, bundle.read(BACKBONE), options)
-        self._tail = open_session(TAIL, bundle.read(TAIL), options)
+        self._graphs = InferenceGraphs(bundle, options)
         self._step = open_session(STEP, bundle.read(STEP), options)
         self._theta = bundle.theta()
         self._m = np.zeros_like(self._theta)
@@ -47,7 +47,7 @@ class StepGraphEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return EngineInfo("step-graph", self._backbone.get_providers()[0], runtime_name())
+        return EngineInfo("step-graph", self._graphs.provider, runtime_name())
 
     @property
     def theta(self) -> Float32:
@@ -62,14 +62,11 @@ class StepGraphEngine:
 
     def latents(self, x: npt.NDArray[Any]) -> Float32:
         """Run the backbone."""
-        latents: Float32 = run(self._backbone, ["latents"], {"x": x})[0]
-        return latents
+        return self._graphs.latents(x)
 
     def logits(self, latents: Float32) -> Float32:
         """Run the tail."""
-        feeds = {"latents": latents, "theta": self._theta}
-        logits: Float32 = run(self._tail, ["logits"], feeds)[0]
-        return logits
+        return self._graphs.logits(latents, self._theta)
 
     def step(self, batch: Batch) -> float:
         """One optimizer step."""
@@ -117,16 +114,3 @@ class StepGraphEngine:
         moments = np.frombuffer(state.optimizer, "<f4", offset=8).copy()
         self._theta, self._m, self._v = theta, moments[:size], moments[size:]
         self._steps = int(np.frombuffer(state.optimizer, "<i8", count=1)[0])
-
-
-def run(session: Any, outputs: list[str], feeds: dict[str, Any]) -> list[Any]:
-    """Run a session.
-
-    Raises:
-        EngineError: The runtime refused the input or failed.
-    """
-    try:
-        results: list[Any] = session.run(outputs, feeds)
-    except Exception as error:  # the runtime's exceptions share no base
-        raise EngineError(f"{outputs[0]}: {error}") from error
-    return results

@@ -105,6 +105,10 @@ class Fleet:
     def of(self, kind) -> list:
         return [message for message in self.heard if type(message) is kind]
 
+    def reports(self) -> list[Report]:
+        """Each once, in their order: a lost connection may bring one twice."""
+        return list({(report.session, report.seq): report for report in self.of(Report)}.values())
+
     def states(self) -> list[str]:
         return [message.state for message in self.of(Reported)]
 
@@ -367,10 +371,9 @@ def test_a_restart_resumes_without_counting_twice(broker, fleet, tmp_path):
         assert fleet.of(Birth)[-1].bundle is not None
     assert (end.seen, end.learned, end.prequential.n) == (400, 400, 400)
     assert len(fleet.of(ChunkRequest)) == 1, "the bundle was here already"
-    assert fleet.states().count("pulling") == 1
-    assert sum(r.phase == "baseline" for r in fleet.of(Report)) == 1
-    seen = [r.seen for r in fleet.of(Report)]
-    assert seen == sorted(seen)
+    reports = fleet.reports()
+    assert sum(r.phase == "baseline" for r in reports) == 1
+    assert [r.seen for r in reports] == sorted(r.seen for r in reports)
     assert theta.shape == hub.deployment.student.learner.engine.theta.shape
 
 
@@ -405,7 +408,7 @@ def test_a_power_cut_loses_the_open_experience_at_most(broker, fleet, tmp_path):
         assert wait_until(lambda: deploy.student is not None)
         end = fleet.wait_for_end()
     assert (end.seen, end.learned, end.prequential.n) == (400, 400, 400)
-    assert [r.experience for r in fleet.of(Report) if r.phase == "experience"] == [2]
+    assert [r.experience for r in fleet.reports() if r.phase == "experience"] == [2]
 
 
 def test_refused_samples_are_counted(broker, fleet, tmp_path):
@@ -460,7 +463,7 @@ def test_it_works_without_a_broker_and_reports_later(broker, fleet, tmp_path):
         hub.transport.restore()
         end = fleet.wait_for_end()
     assert end.seen == 200 > seen
-    assert [r.seen for r in fleet.of(Report)] == sorted(r.seen for r in fleet.of(Report))
+    assert [r.seen for r in fleet.reports()] == sorted(r.seen for r in fleet.reports())
 
 
 @pytest.mark.parametrize("kind", [Offer, Chunk, Command, UpdateRequest])
@@ -483,7 +486,7 @@ def test_an_offer_that_comes_again_is_answered_and_not_pulled(broker, fleet, tmp
         hub.transport.restore()
         fleet.wait_for(lambda f: len(f.of(Birth)) > births)
         fleet.wait_for(lambda f: f.states().count("active") >= 2)
-        assert fleet.states().count("pulling") == 1
+        assert len(fleet.of(ChunkRequest)) == 1
 
 
 def test_a_missing_stream_file_is_no_fault_of_the_bundle(broker, fleet, tmp_path):

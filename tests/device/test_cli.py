@@ -325,7 +325,7 @@ def test_the_agent_stops_on_a_signal_and_leaves_its_status(place):
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     try:
-        assert "agent.started" in agent.stderr.readline()
+        assert any("agent.started" in line for line in agent.stderr)
         time.sleep(0.3)
         agent.send_signal(signal.SIGTERM)
         _, err = agent.communicate(timeout=20)
