@@ -192,6 +192,22 @@ def test_a_newer_offer_replaces_the_pull_under_way_and_its_remains(rig, tmp_path
     assert list(rig.store.incoming.iterdir()) == [], "disks here are small"
 
 
+def test_an_offer_of_what_runs_withdraws_the_pull_under_way(rig, tmp_path):
+    """The fleet takes a rollout back by offering the old bundle again."""
+    first, second = _bundle(tmp_path), _bundle(tmp_path, 2, files=BALLAST)
+    rig.deliver(first)
+    rig.deployment.consider(rig.offer(second, version=2))
+    rig.deployment.turn()
+    rig.deployment.consider(rig.offer(first))
+    assert rig.deployment.waits_for is None
+    digest = hashlib.sha256(second).hexdigest()
+    for index in range(6):
+        part = second[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES]
+        rig.deployment.accept(Chunk(digest=digest, index=index, data=part))
+    rig.deployment.turn()
+    assert rig.runs == 1
+
+
 def _unknown_operator() -> bytes:
     g = Graph()
     g.op("NoSuchOperator", "x", out="y")

@@ -138,7 +138,7 @@ def _print_table(record: DemoRecord, folder: Path) -> None:
     table.add_column("device")
     for group in record.groups:
         table.add_column(group.replace("experience-", "exp. "), justify="right")
-    table.add_column("forgetting", justify="right")
+    table.add_column("forgot", justify="right")
     table.add_column("no replay", justify="right", style="dim")
     table.add_column("drift", justify="right")
     table.add_column("MB", justify="right")
@@ -166,6 +166,13 @@ def _print_table(record: DemoRecord, folder: Path) -> None:
         f"old {after['old']:.1%}, new {after['new']:.1%}",
         highlight=False,
     )
+    for device in record.devices:
+        if device.drifts_at is not None:
+            console.print(
+                f"{device.name} learned from distorted inputs from sample {device.drifts_at} on; "
+                "the accuracies are on undistorted ones",
+                highlight=False,
+            )
     for device_name, reason in merge.left_out.items():
         console.print(f"left out of the merge: {device_name} ({reason})", highlight=False)
     for reason in () if merge.accepted else merge.reasons:
