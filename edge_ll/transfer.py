@@ -6,10 +6,11 @@ The same two types serve both directions: a device pulling a bundle, the fleet p
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_ll.errors import ProtocolError
+from edge_ll.errors import DataError, ProtocolError
 from edge_ll.messages import CHUNK_BYTES
 
 
@@ -54,6 +55,7 @@ class Receiver:
 
         Raises:
             ProtocolError: There is no such chunk, or it has the wrong length.
+            DataError: The disk does not take it; it is still missing.
         """
         if not 0 <= index < self.chunks:
             raise ProtocolError(f"chunk {index} of a file of {self.chunks} chunks")
@@ -62,11 +64,15 @@ class Receiver:
             raise ProtocolError(f"chunk {index}: expected {expected} bytes, got {len(data)}")
         if self._arrived[index]:
             return False
-        with self._part.open("r+b" if self._part.exists() else "w+b") as file:
-            file.seek(index * CHUNK_BYTES)
-            file.write(data)
-        self._arrived[index] = 1
-        self._map.write_bytes(self._arrived)
+        try:
+            with self._part.open("r+b" if self._part.exists() else "w+b") as file:
+                file.seek(index * CHUNK_BYTES)
+                file.write(data)
+            self._arrived[index] = 1
+            self._map.write_bytes(self._arrived)
+        except OSError as error:
+            self._arrived[index] = 0
+            raise DataError(f"chunk {index} cannot be kept: {error}") from error
         return True
 
     def finish(self, target: Path) -> None:
@@ -83,6 +89,8 @@ class Receiver:
             self.discard()
             raise ProtocolError(f"expected a file with sha256 {self.digest}, got {digest}")
         target.parent.mkdir(parents=True, exist_ok=True)
+        with self._part.open("rb+") as file:
+            os.fsync(file.fileno())
         self._part.replace(target)
         self._map.unlink()
 

@@ -50,6 +50,9 @@ class Agent:
         store: Its folder.
         session: 16 hexadecimal digits, new at each start.
         clock: Seconds since 1970.
+
+    Raises:
+        DataError: The configured stream cannot be read, or the state cannot be kept.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Agent:
         self._deployment = Deployment(
             config, store, self._reporter, send=self._send, activated=self._activated
         )
+        self._recorded = RecordedStream(Path(config.stream.file)) if config.stream else None
         self._stream: Iterator[Sample] | None = None
         self._next: Sample | None = None
         self._next_batch_s = 0.0
@@ -100,8 +104,9 @@ class Agent:
                 self._turn()
         finally:
             self._deployment.save()
-            self._save_status()
             self._send(Status(online=False, session=self._session))
+            self._outbox.drain(self._transport)
+            self._save_status()
             self._outbox.close()
 
     def _turn(self) -> None:
@@ -199,9 +204,8 @@ class Agent:
     # Local samples
 
     def _open_stream(self, *, skip: int) -> None:
-        if self._config.stream is not None:
-            stream = RecordedStream(Path(self._config.stream.file))
-            self._stream = stream.samples(skip)
+        if self._recorded is not None:
+            self._stream = self._recorded.samples(skip)
             self._next = next(self._stream, None)
 
     def _take_batch(self, student: Student) -> None:
@@ -230,12 +234,13 @@ class Agent:
         return batch
 
     def _finish_experience(self, student: Student) -> None:
-        self._deployment.save()
+        # Report, then save: a crash in between repeats the report, which is harmless.
         self._reporter.report(student, "experience")
         if self._next is None:
             self._reporter.event("stream_ended", f"{student.tally.taken} samples taken")
             log.info("stream.ended", extra={"taken": student.tally.taken})
-        self._save_status()
+        self._deployment.save()
+        self._next_status_s = 0.0
 
     def _save_status(self) -> None:
         """What ``edge-ll-agent status`` shows."""

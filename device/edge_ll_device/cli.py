@@ -7,7 +7,8 @@ import logging
 import secrets
 import signal
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,19 @@ def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="a signed bundle")
     parser.add_argument("--trust", type=Path, required=True, help="public key (*.pub)")
     parser.add_argument("--engine", choices=("auto", "step-graph", "ort-training"), default="auto")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=_at_least(1), default=1)
+    parser.add_argument("--seed", type=_at_least(0), default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < low:
+            raise ValueError
+        return int(text)
+
+    number.__name__ = f"integer of at least {low}"
+    return number
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -122,8 +133,10 @@ def _predict(arguments: argparse.Namespace) -> int:
     student = _student(arguments, replay=True)
     try:
         x = np.load(arguments.input, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{arguments.input}: expected an .npy array: {error}") from error
+    if not isinstance(x, np.ndarray) or not x.ndim:
+        raise DataError(f"{arguments.input}: expected one array of samples [N, *input]")
     for sample in x:
         student.learner.check(sample, None)
     classes, confidences = student.learner.predict(student.learner.encode(x))

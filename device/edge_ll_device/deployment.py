@@ -57,36 +57,41 @@ class Deployment:
 
     def resume(self) -> None:
         """Run what ran before the last stop, with what it had learned."""
-        digest = self._store.current()
-        if digest is None:
-            return
         try:
+            digest = self._store.current()
+            if digest is None:
+                return
             student = self._build(digest)
-            learned = self._store.load_learned(digest)
-            if learned is not None:
-                snapshot, student.tally = learned
-                student.learner.restore(snapshot)
         except EdgeLLError as error:
             # Without a student the agent waits for an offer, and the fleet sends one at birth.
             log.error("resume.failed", extra={"reason": str(error)})  # noqa: TRY400
             return
+        try:
+            learned = self._store.load_learned(digest)
+            if learned is not None:
+                student.restore(learned)
+        except EdgeLLError as error:
+            log.error("learning.lost", extra={"reason": str(error)})  # noqa: TRY400
         self.student = student
         log.info("resumed", extra={"bundle": student.ref.name, "taken": student.tally.taken})
 
     def save(self) -> None:
         """Keep what the student has learned."""
         if self.student is not None:
-            digest = self.student.bundle.digest
-            self._store.save_learned(digest, self.student.learner.snapshot(), self.student.tally)
+            self._store.save_learned(self.student.bundle.digest, self.student.learned())
 
     def consider(self, offer: Offer) -> None:
         """Pull what is offered, unless it runs already or something newer does."""
         wanted = offer.bundle
         running = self.student.ref if self.student else None
+        if self._pulling and self._pulling[0].bundle.digest == wanted.digest:
+            return
+        if self._pulling:
+            # The fleet has changed its mind; disks here are small.
+            self._pulling[1].receiver.discard()
+            self._pulling = None
         if running and wanted.digest == running.digest:
             self._reporter.state(wanted, "active")
-            return
-        if self._pulling and self._pulling[0].bundle.digest == wanted.digest:
             return
         if running and wanted.name == running.name and wanted.version <= running.version:
             self._refuse(wanted, f"version {running.version} runs; offered {wanted.version}")
@@ -119,12 +124,19 @@ class Deployment:
         self._pulling = None
         try:
             puller.receiver.finish(self._store.bundle_path(offer.bundle.digest))
-            self._switch(offer.bundle)
+            first = self._switch(offer.bundle)
         except EdgeLLError as error:
             self._store.drop_bundle(offer.bundle.digest)
             self._refuse(offer.bundle, str(error))
+            return
+        self._activated(first)
 
-    def _switch(self, wanted: BundleRef) -> None:
+    def _switch(self, wanted: BundleRef) -> bool:
+        """Verify, test, take over what was learned, and only then switch.
+
+        Returns:
+            Whether it is the first bundle ever.
+        """
         student = self._build(wanted.digest)
         if student.ref != wanted:
             raise BundleError(
@@ -132,15 +144,15 @@ class Deployment:
                 f"the bundle is {student.ref.name} {student.ref.version}"
             )
         carried = student.adopt(self.student) if self.student else "nothing to take over"
-        first, self.student = self.student is None, student
-        self.save()
+        self._store.save_learned(wanted.digest, student.learned())
         self._store.set_current(wanted.digest)
+        first, self.student = self.student is None, student
         log.info(
             "bundle.activated",
             extra={"bundle": wanted.name, "version": wanted.version, "carried_over": carried},
         )
         self._reporter.state(wanted, "active", carried)
-        self._activated(first)
+        return first
 
     def _build(self, digest: str) -> Student:
         bundle = self._store.open_bundle(digest)
@@ -152,7 +164,12 @@ class Deployment:
             threads=runtime.threads,
             spinning=runtime.spinning,
         )
-        return Student(bundle, engine, self._config.learning)
+        try:
+            student = Student(bundle, engine, self._config.learning)
+            student.self_test()
+        except (ValueError, IndexError) as error:
+            raise BundleError(f"the bundle's parts do not fit together: {error}") from error
+        return student
 
     def _refuse(self, wanted: BundleRef, reason: str) -> None:
         log.warning("bundle.refused", extra={"bundle": wanted.name, "reason": reason})

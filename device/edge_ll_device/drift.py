@@ -17,6 +17,8 @@ from edge_ll.manifest import DriftDefaults
 from edge_ll.messages import Evidence
 from edge_ll.novelty import NoveltyReference
 
+Float64 = npt.NDArray[np.float64]
+
 BETS = 8
 _LARGEST_BET = 0.98  # of the bet at which a score of zero would end the game
 _STANDARD_ERRORS = 3.0
@@ -62,6 +64,16 @@ class EDetector:
         """Whether the evidence has ever reached the threshold."""
         return self._peak >= self._threshold
 
+    def state(self) -> Float64:
+        """Everything it has gathered: log M of every bet, then the peak and the count."""
+        return np.concatenate([self._log_m.ravel(), [self._peak, self._n]])
+
+    def restore(self, state: Float64) -> None:
+        """Go on from :meth:`state`; one of another shape is ignored, and the watch begins anew."""
+        if state.shape == (self._log_m.size + 2,):
+            self._log_m = state[:-2].reshape(self._log_m.shape).copy()
+            self._peak, self._n = float(state[-2]), int(state[-1])
+
     def evidence(self) -> Evidence:
         """The state for a report; shown as 0 before the first score."""
         now, peak = (self.log_evidence, self._peak) if self._n else (0.0, 0.0)
@@ -89,7 +101,7 @@ class DriftMonitor:
             average_run_length=settings.average_run_length,
         )
 
-    def observe(self, latents: Float32) -> npt.NDArray[np.float64]:
+    def observe(self, latents: Float32) -> Float64:
         """Take latents float32 [N, ...]; their ranks [N] in (0, 1), high where they look new."""
         ranks = self._reference.rank(self._reference.score(latents), self._rng)
         for rank in ranks.tolist():
@@ -100,6 +112,14 @@ class DriftMonitor:
     def alarm(self) -> bool:
         """Whether any signal has raised an alarm."""
         return self._novelty.alarm
+
+    def state(self) -> Float64:
+        """For saving; see :meth:`EDetector.state`."""
+        return self._novelty.state()
+
+    def restore(self, state: Float64) -> None:
+        """Go on from :meth:`state`."""
+        self._novelty.restore(state)
 
     def evidence(self) -> dict[str, Evidence]:
         """State per signal."""

@@ -72,7 +72,11 @@ class Learner:
             )
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             raise SampleError("sample: holds values that are not finite")
-        if label is not None and not 0 <= label < self._manifest.capacity:
+        if label is None:
+            return
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise SampleError(f"label: expected an integer or none, got {label!r}")
+        if not 0 <= label < self._manifest.capacity:
             raise SampleError(
                 f"label {label}: this bundle has room for classes 0 to "
                 f"{self._manifest.capacity - 1}; export one with a larger capacity for more"
@@ -91,7 +95,7 @@ class Learner:
         return chosen.astype(np.int64), probabilities[np.arange(len(chosen)), chosen]
 
     def learn(self, latents: Float32, labels: Int64) -> float:
-        """Experience replay: each step trains on the new samples and on as many drawn from before.
+        """Experience replay: each step trains on the new samples and on some drawn from before.
 
         Args:
             latents: float32 [N, *latent].
@@ -143,13 +147,14 @@ class Learner:
             self.engine.restore(snapshot.engine)
         except EngineError:
             self.engine.set_theta(snapshot.engine.theta)
-        self.carry_over(snapshot)
+        self.buffer.restore(snapshot.buffer)
+        self._known = set(snapshot.known.tolist())
         self.steps = snapshot.steps
 
-    def carry_over(self, snapshot: Snapshot) -> None:
-        """Keep the memory of an earlier bundle's learner that has the same backbone."""
-        self.buffer.restore(snapshot.buffer)
-        self._known |= set(snapshot.known.tolist())
+    def carry_over(self, buffer: BufferState, known: Int64) -> None:
+        """Take over an earlier learner's memory, given in this bundle's codes and classes."""
+        self.buffer.restore(buffer)
+        self._known |= set(known.tolist())
 
     def _class_mask(self, known: set[int]) -> Float32:
         mask = np.full(self._manifest.capacity, MASKED, np.float32)

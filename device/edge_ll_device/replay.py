@@ -1,9 +1,9 @@
 """The replay buffer: int8 latents of earlier samples, balanced over the classes.
 
 Insertion follows class-balancing reservoir sampling (Chrysakis and Moens, ICML 2020): while the
-buffer is full, a sample of a class that is not the largest takes the place of one of the largest;
-a sample of a largest class enters by reservoir sampling within its class. An insert touches one
-slot; nothing iterates over the buffer.
+buffer is full, a sample of a class that was never the largest takes the place of one of the
+largest; any other class is a reservoir, in which each of its samples has the same chance. An
+insert touches one slot; nothing iterates over the buffer.
 """
 
 from __future__ import annotations
@@ -88,14 +88,23 @@ class ReplayBuffer:
         return BufferState(self._codes[kept].copy(), self._labels[kept].copy(), self._seen.copy())
 
     def restore(self, state: BufferState) -> None:
-        """Hold what ``state`` holds, as far as it fits."""
-        size = min(len(state.labels), len(self._labels))
-        self._codes[:size], self._labels[:size] = state.codes[:size], state.labels[:size]
-        self._size = size
-        self._seen = state.seen.copy()
+        """Hold what ``state`` holds; where the room is too small, as many of each class."""
+        room = len(self._slots)
+        shared = min(room, len(state.seen))
+        self._seen[:] = 0
+        self._seen[:shared] = state.seen[:shared]
+        rank = np.zeros(len(state.labels), np.int64)
+        for label in range(room):
+            members = np.flatnonzero(state.labels == label)
+            rank[members] = np.arange(len(members))
+        rank[state.labels >= room] = len(state.labels)
+        order = np.argsort(rank, kind="stable")[: len(self._labels)]
+        kept = np.sort(order[state.labels[order] < room])
+        self._size = len(kept)
+        self._codes[: self._size] = state.codes[kept]
+        self._labels[: self._size] = state.labels[kept]
         self._slots = [
-            np.flatnonzero(self._labels[:size] == label).tolist()
-            for label in range(len(self._slots))
+            np.flatnonzero(self._labels[: self._size] == label).tolist() for label in range(room)
         ]
 
     def _slot_for(self, label: int) -> int | None:
@@ -108,7 +117,9 @@ class ReplayBuffer:
         if not self._size:
             return None
         largest = max(range(len(self._slots)), key=lambda c: len(self._slots[c]))
-        if len(own) < len(self._slots[largest]):
+        # A class that has lost samples was once the largest; from then on it is a reservoir.
+        reservoir = own and int(self._seen[label]) - 1 > len(own)
+        if not reservoir and len(own) < len(self._slots[largest]):
             donors = self._slots[largest]
             at = int(self._rng.integers(len(donors)))
             donors[at], donors[-1] = donors[-1], donors[at]

@@ -28,7 +28,7 @@ from edge_ll.errors import BundleError, DataError
 from edge_ll.trust import TrustStore
 from edge_ll_device.learner import Snapshot
 from edge_ll_device.replay import BufferState
-from edge_ll_device.student import Tally
+from edge_ll_device.student import Learned, Tally
 
 
 class Store:
@@ -42,8 +42,11 @@ class Store:
     def __init__(self, folder: Path, trust: TrustStore) -> None:
         self._folder = folder
         self._trust = trust
-        for name in ("bundles", "learned", "incoming", "outgoing"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        try:
+            for name in ("bundles", "learned", "incoming", "outgoing"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot keep the agent's state here: {error}") from error
 
     @property
     def incoming(self) -> Path:
@@ -72,9 +75,16 @@ class Store:
         return bundle
 
     def current(self) -> str | None:
-        """Digest of the bundle to run."""
+        """Digest of the bundle to run; None before the first.
+
+        Raises:
+            DataError: The file is damaged.
+        """
         path = self._folder / "current"
-        return path.read_text("ascii").strip() if path.exists() else None
+        try:
+            return path.read_text("ascii").strip() if path.exists() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: expected the digest of a bundle: {error}") from error
 
     def set_current(self, digest: str) -> None:
         """Run this bundle from now on; others are deleted, for disks here are small."""
@@ -88,8 +98,9 @@ class Store:
         """Delete a bundle that was refused."""
         self.bundle_path(digest).unlink(missing_ok=True)
 
-    def save_learned(self, digest: str, snapshot: Snapshot, tally: Tally) -> None:
-        """Keep what was learned on a bundle, with the counts that belong to it."""
+    def save_learned(self, digest: str, learned: Learned) -> None:
+        """Keep what was learned on a bundle, with the counts and the drift that belong to it."""
+        snapshot = learned.snapshot
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -100,11 +111,12 @@ class Store:
             seen=snapshot.buffer.seen,
             known=snapshot.known,
             steps=np.int64(snapshot.steps),
-            tally=np.frombuffer(msgspec.json.encode(tally), np.uint8),
+            tally=np.frombuffer(msgspec.json.encode(learned.tally), np.uint8),
+            drift=learned.drift,
         )
         self._write(self._folder / "learned" / f"{digest}.npz", buffer.getvalue())
 
-    def load_learned(self, digest: str) -> tuple[Snapshot, Tally] | None:
+    def load_learned(self, digest: str) -> Learned | None:
         """What was learned on a bundle; None where nothing was.
 
         Raises:
@@ -121,7 +133,8 @@ class Store:
                     file["known"],
                     int(file["steps"]),
                 )
-                return snapshot, msgspec.json.decode(file["tally"].tobytes(), type=Tally)
+                tally = msgspec.json.decode(file["tally"].tobytes(), type=Tally)
+                return Learned(snapshot, tally, file["drift"])
         except Exception as error:  # numpy and zipfile raise many kinds on a damaged file
             aside = path.with_suffix(".damaged")
             path.replace(aside)
@@ -147,11 +160,14 @@ class Store:
     @staticmethod
     def _write(path: Path, data: bytes) -> None:
         staged = path.with_name(path.name + ".part")
-        with staged.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
+        try:
+            with staged.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written: {error}") from error
 
 
 def read_status(folder: Path) -> dict[str, object] | None:

@@ -23,24 +23,24 @@ class Uploads:
     def __init__(self, store: Store, send: Callable[[Message], None]) -> None:
         self._store = store
         self._send = send
+        self._offered: UpdateOffer | None = None
 
     def command(self, command: Command, student: Student | None) -> None:
-        """Lay out θ as it is now, and offer it."""
+        """Lay out θ as it is now, and offer it; a command that comes twice gets the same offer."""
         if student is None:
             self._send(CommandResult(id=command.id, ok=False, detail="no bundle runs here yet"))
             return
-        theta = student.learner.engine.theta
-        digest = self._store.save_update(theta)
-        self._send(
-            UpdateOffer(
+        if self._offered is None or self._offered.command != command.id:
+            theta = student.learner.engine.theta
+            self._offered = UpdateOffer(
                 command=command.id,
                 base=student.bundle.digest,
-                digest=digest,
+                digest=self._store.save_update(theta),
                 size_bytes=theta.nbytes,
-                samples=student.tally.learned,
+                samples=student.tally.learned_here,
                 classes=student.learner.known_classes,
             )
-        )
+        self._send(self._offered)
         self._send(CommandResult(id=command.id, ok=True))
 
     def request(self, request: UpdateRequest) -> None:

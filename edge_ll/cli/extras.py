@@ -8,7 +8,7 @@ from edge_ll.errors import MissingExtraError
 
 _MODULES = {
     "export": ("torch", "onnx", "onnxscript", "sklearn"),
-    "fleet": ("sqlalchemy", "rich", "matplotlib"),
+    "fleet": ("sqlalchemy", "rich", "matplotlib", "amqtt"),
 }
 
 

@@ -60,6 +60,8 @@ class FakeEngine:
 
     def logits(self, latents: Float32) -> Float32:
         """``weight @ latent + bias``."""
+        if latents.shape[1:] != self._shape:
+            raise EngineError(f"latents: expected [N, {self._shape[0]}], got {latents.shape}")
         split = self._capacity * self._shape[0]
         weight = self._theta[:split].reshape(self._capacity, -1)
         logits: Float32 = latents @ weight.T + self._theta[split:]
@@ -105,7 +107,10 @@ class FakeEngine:
 
     def restore(self, state: EngineState) -> None:
         """Go back to a state, bit for bit."""
-        self._theta = check_theta(state.theta, self._size)
+        theta = check_theta(state.theta, self._size)
+        if len(state.optimizer) != 8 + 2 * 4 * self._size:
+            raise EngineError(f"optimizer state: got {len(state.optimizer)} bytes")
+        self._theta = theta
         moments = np.frombuffer(state.optimizer, "<f4", offset=8).copy()
         self._m, self._v = moments[: self._size], moments[self._size :]
         self._steps = int(np.frombuffer(state.optimizer, "<i8", count=1)[0])

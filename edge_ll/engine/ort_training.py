@@ -133,9 +133,14 @@ class OrtTrainingEngine:
                 f"step: loss {loss}; expected finite loss and gradients. θ is unchanged; lower "
                 "the learning rate or look at the batch"
             )
+        before = self._theta
         self._optimizer.optimizer_step()
         self._module.lazy_reset_grad()
         self._theta = self._read_theta()
+        if not np.isfinite(self._theta).all():
+            # The runtime updates in place: θ can be brought back, the moments begin anew.
+            self.set_theta(before)
+            raise EngineError("step: θ overflowed and was brought back; lower the learning rate")
         return loss
 
     def state(self) -> EngineState:
@@ -147,8 +152,10 @@ class OrtTrainingEngine:
     def restore(self, state: EngineState) -> None:
         """Go back to a state, bit for bit."""
         theta = check_theta(state.theta, self._manifest.theta_size)
+        kept = self._state, self._module, self._optimizer, self._theta
         path = self._folder / "saved"
         path.write_bytes(state.optimizer)
         self._open(path)
         if not np.array_equal(self._theta, theta):
-            raise EngineError("the saved checkpoint does not hold the saved θ")
+            self._state, self._module, self._optimizer, self._theta = kept
+            raise EngineError("the saved checkpoint does not hold the saved θ; nothing changed")

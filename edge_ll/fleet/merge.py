@@ -7,7 +7,7 @@ before it weighs anything, and a gate on held-out data decides whether the resul
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from edge_ll.errors import DataError
 from edge_ll.metrics import Counts, total
 
 Float32 = npt.NDArray[np.float32]
+
+
+WEIGHT_FACTOR = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,9 @@ def check_updates(base: Float32, updates: Sequence[TailUpdate], *, norm_factor: 
     distance is left out: bounding norms limits what one broken or hostile device can do (Sun et
     al., "Can you really backdoor federated learning?", 2019). With fewer than three updates there
     is no majority, and with a factor of 2 or more nothing is left out for its distance.
+
+    How many samples an update stands for is the device's own claim, so it counts for at most
+    :data:`WEIGHT_FACTOR` times the median claim.
     """
     left_out: dict[str, str] = {}
     norms: dict[str, float] = {}
@@ -76,8 +82,12 @@ def check_updates(base: Float32, updates: Sequence[TailUpdate], *, norm_factor: 
                 f"its change of {norm:.3g} is {norm / median:.1f} times the median {median:.3g}; "
                 f"at most {norm_factor:g} times is allowed"
             )
-    kept = tuple(update for update in updates if update.device not in left_out)
-    return Checked(kept, left_out)
+    kept = [update for update in updates if update.device not in left_out]
+    most = int(WEIGHT_FACTOR * float(np.median([update.samples for update in kept] or [0])))
+    return Checked(
+        tuple(replace(update, samples=min(update.samples, max(most, 1))) for update in kept),
+        left_out,
+    )
 
 
 def federated_average(updates: Sequence[TailUpdate]) -> Float32:

@@ -49,6 +49,7 @@ class _Turn:
     """One device's part in a round; over when it has an update or a failure."""
 
     command: str
+    asked_s: float = 0.0
     offer: UpdateOffer | None = None
     puller: Puller | None = None
     update: TailUpdate | None = None
@@ -117,11 +118,15 @@ class Collector:
                 return _result(turns)
 
     def tick(self) -> None:
-        """Ask again for chunks that did not come."""
+        """Ask again for what did not come: the offer, or chunks of it."""
         with self._changed:
-            for turn in self._turns.values():
-                if turn.puller is not None and not turn.over:
+            for device, turn in self._turns.items():
+                if turn.over:
+                    continue
+                if turn.puller is not None:
                     turn.puller.tick(self._steady())
+                elif self._steady() - turn.asked_s >= STALL_S:
+                    self._command(device, turn)
 
     def _wait(self, turns: Mapping[str, _Turn], timeout_s: float) -> None:
         deadline = self._steady() + timeout_s
@@ -134,10 +139,13 @@ class Collector:
 
     def _command(self, device: str, turn: _Turn) -> None:
         command = Command(id=turn.command, verb="upload")
+        turn.asked_s = self._steady()
         try:
             topic = Command.topic(Address(self._tenant, device))
             self._transport.publish(topic, command.encode())
-        except (TransportError, ProtocolError) as error:
+        except TransportError as error:  # the next stall asks again
+            log.debug("command.delayed", extra={"device": device, "reason": str(error)})
+        except ProtocolError as error:
             self._fail(turn, f"the command could not be sent: {error}")
 
     def _on_result(self, got: Received[CommandResult]) -> None:

@@ -13,7 +13,12 @@ from torch.func import functional_call
 
 from edge_ll.errors import BundleError, ExportError
 from edge_ll.onnx_scan import check_onnx
-from edge_ll_export.tail_loss import flatten_theta, split_theta, theta_layout
+from edge_ll_export.tail_loss import (
+    example_batch,
+    flatten_theta,
+    split_theta,
+    theta_layout,
+)
 
 OPSET = 18
 IR_VERSION = 10
@@ -46,7 +51,7 @@ def export_tail(tail: nn.Module, latent_shape: tuple[int, ...]) -> bytes:
     batch = torch.export.Dim("batch", min=1, max=65536)
     return export_program(
         TailOfTheta(tail),
-        (torch.zeros((3, *latent_shape)), flatten_theta(tail)),
+        (torch.zeros((example_batch(tail, latent_shape), *latent_shape)), flatten_theta(tail)),
         ("latents", "theta"),
         ("logits",),
         ({0: batch}, None),

@@ -42,6 +42,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 OnStage = Callable[[str], None]
 
 _ENCODE_BATCH = 256
+_EXAMPLE = 7  # samples to trace the backbone with; no axis of a model here has this size
 
 
 def export_bundle(
@@ -53,6 +54,8 @@ def export_bundle(
     on_stage: OnStage | None = None,
 ) -> tuple[Bundle, list[Parity]]:
     """Write the bundle, open it again, and hold every engine in it against torch.
+
+    A bundle that fails leaves no file, and an earlier one at ``path`` as it was.
 
     Args:
         trained: The student and what it was made from.
@@ -72,7 +75,7 @@ def export_bundle(
     learner = learner_defaults(recipe, student.latent_shape)
     shape = student.latent_shape
     told("backbone")
-    example = torch.from_numpy(trained.dataset.x[trained.split.train[:3]])
+    example = torch.from_numpy(trained.dataset.x[trained.split.train[:_EXAMPLE]])
     files = {
         BACKBONE: export_backbone(student.backbone, example),
         THETA: flatten_theta(student.tail).numpy().astype("<f4").tobytes(),
@@ -91,14 +94,20 @@ def export_bundle(
     arrays = _arrays(trained)
     files |= {f"arrays/{name}": _raw(array) for name, array in arrays.items()}
     manifest = _manifest(trained, learner, engines, arrays, version)
-    write_bundle(path, manifest, files, signer)
-    told("parity with torch")
-    bundle = Bundle.open(path, TrustStore([signer.public_key]))
-    _check_backbone(bundle, trained)
-    parities = [check_parity(bundle, engine, student.tail) for engine in engines]
-    for parity in parities:
-        require_parity(parity)
-    return bundle, parities
+    staged = path.with_name(path.name + ".unchecked")
+    trust = TrustStore([signer.public_key])
+    try:
+        write_bundle(staged, manifest, files, signer)
+        told("parity with torch")
+        bundle = Bundle.open(staged, trust)
+        _check_backbone(bundle, trained)
+        parities = [check_parity(bundle, engine, student.tail) for engine in engines]
+        for parity in parities:
+            require_parity(parity)
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+    return Bundle.open(path, trust), parities
 
 
 def learner_defaults(recipe: Recipe, latent_shape: tuple[int, ...]) -> LearnerDefaults:
@@ -143,7 +152,8 @@ def _arrays(trained: Trained) -> Arrays:
 def _exemplars(trained: Trained) -> npt.NDArray[np.int64]:
     """Training samples that fill the device's replay buffer at first: as many of each class."""
     recipe, train = trained.recipe, trained.split.train
-    share = recipe.learner.buffer_entries // len(recipe.classes.base)
+    entries = learner_defaults(recipe, trained.student.latent_shape).buffer_entries
+    share = entries // len(recipe.classes.base)
     rng = np.random.default_rng(recipe.seed)
     labels = trained.dataset.y[train]
     chosen = [rng.permutation(train[labels == c])[:share] for c in recipe.classes.base]

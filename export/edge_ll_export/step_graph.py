@@ -17,11 +17,13 @@ from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from edge_ll.engine.step_graph import BETA1, BETA2, EPSILON, HYPER, OUTPUTS
+from edge_ll.errors import ExportError
 from edge_ll.manifest import OptimizerName, ThetaEntry
 from edge_ll_export.graphs import export_program
 from edge_ll_export.tail_loss import (
     BATCH_NAMES,
     TailLoss,
+    example_batch,
     flatten_theta,
     join_theta,
     split_theta,
@@ -89,26 +91,27 @@ def export_step_graph(
         ExportError: An operator of the tail has no gradient or no ONNX form.
     """
     example = example_inputs(tail, latent_shape)
-    traced = make_fx(
-        training_step(tail, optimizer),
-        tracing_mode="symbolic",
-        decomposition_table=core_aten_decompositions(),  # type: ignore[arg-type]
-    )(*example)
+    try:
+        traced = make_fx(
+            training_step(tail, optimizer),
+            tracing_mode="symbolic",
+            decomposition_table=core_aten_decompositions(),  # type: ignore[arg-type]
+        )(*example)
+    except Exception as error:  # tracing raises whatever the tail's operators raise
+        raise ExportError(f"{type(tail).__name__}: no gradient can be traced: {error}") from error
     names = (*BATCH_NAMES, "theta", "m", "v", HYPER)
     batch = torch.export.Dim("batch", min=1, max=65536)
     shapes: list[Any] = [{0: batch} for _ in BATCH_NAMES] + [None] * 4
     return export_program(traced, example, names, OUTPUTS, tuple(shapes))
 
 
-def example_inputs(
-    tail: nn.Module, latent_shape: tuple[int, ...], *, n: int = 3
-) -> tuple[Tensor, ...]:
-    """Inputs of the step with the right shapes: a batch of ``n``, θ as it is, empty moments."""
+def example_inputs(tail: nn.Module, latent_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Inputs of the step with the right shapes: a small batch, θ as it is, empty moments."""
     layout: tuple[ThetaEntry, ...] = theta_layout(tail)
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn((n, *latent_shape), generator=generator)
     with torch.no_grad():
-        classes = tail(latents).shape[1]
+        classes = tail(torch.zeros((1, *latent_shape))).shape[1]
+    n = example_batch(tail, (*latent_shape, classes))
+    latents = torch.randn((n, *latent_shape), generator=torch.Generator().manual_seed(0))
     size = sum(entry.size for entry in layout)
     return (
         latents,

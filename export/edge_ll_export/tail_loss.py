@@ -90,3 +90,9 @@ def split_theta(theta: Tensor, layout: tuple[ThetaEntry, ...]) -> dict[str, Tens
 def join_theta(parameters: Mapping[str, Tensor], layout: tuple[ThetaEntry, ...]) -> Tensor:
     """The inverse of :func:`split_theta`: one vector from tensors by name."""
     return torch.cat([parameters[entry.name].reshape(-1) for entry in layout])
+
+
+def example_batch(module: nn.Module, sizes: tuple[int, ...]) -> int:
+    """A batch size that no other axis has: tracing takes equal sizes for the same axis."""
+    taken = {size for parameter in module.parameters() for size in parameter.shape} | {*sizes, 0, 1}
+    return next(n for n in range(2, 2 + len(taken) + 1) if n not in taken)

@@ -15,7 +15,7 @@ from edge_ll.trust import Signer
 from edge_ll_device.learner import Snapshot
 from edge_ll_device.replay import BufferState
 from edge_ll_device.store import Store, read_status
-from edge_ll_device.student import Tally
+from edge_ll_device.student import Learned, Tally
 from tests.tiny_bundle import TRUST, write_tiny_bundle
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -25,6 +25,13 @@ TALLY = Tally(taken=9, seen=8, learned=7, refused=1, experience=2, prequential=C
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "state", TRUST)
+
+
+DRIFT = np.array([0.5, -np.inf, 3.0])
+
+
+def _learned(seed: int = 0) -> Learned:
+    return Learned(_snapshot(seed), TALLY, DRIFT)
 
 
 def _snapshot(seed: int = 0) -> Snapshot:
@@ -49,10 +56,11 @@ def _same(a: Snapshot, b: Snapshot) -> bool:
 
 
 def test_what_was_learned_comes_back_exactly(store):
-    store.save_learned(DIGEST, _snapshot(), TALLY)
-    snapshot, tally = store.load_learned(DIGEST)
-    assert _same(snapshot, _snapshot())
-    assert tally == TALLY
+    store.save_learned(DIGEST, _learned())
+    learned = store.load_learned(DIGEST)
+    assert _same(learned.snapshot, _snapshot())
+    assert learned.tally == TALLY
+    assert np.array_equal(learned.drift, DRIFT)
     assert store.load_learned(OTHER) is None
 
 
@@ -63,7 +71,7 @@ class PowerCutError(BaseException):
 # What is written -> (write number ``step``, which number is read back).
 WRITES = {
     "learned": (
-        lambda store, step: store.save_learned(DIGEST, _snapshot(step), TALLY),
+        lambda store, step: store.save_learned(DIGEST, _learned(step)),
         lambda store, step: _same(store.load_learned(DIGEST)[0], _snapshot(step)),
     ),
     "current": (
@@ -111,7 +119,7 @@ def _flip(data: bytes) -> bytes:
     ids=["cut", "bit flip", "empty", "head only", "last byte"],
 )
 def test_damaged_learning_is_moved_aside(store, tmp_path, damage):
-    store.save_learned(DIGEST, _snapshot(), TALLY)
+    store.save_learned(DIGEST, _learned())
     path = tmp_path / "state" / "learned" / f"{DIGEST}.npz"
     data = damage(path.read_bytes())
     path.write_bytes(data)
@@ -120,7 +128,7 @@ def test_damaged_learning_is_moved_aside(store, tmp_path, damage):
     assert not path.exists()
     assert path.with_suffix(".damaged").read_bytes() == data
     assert store.load_learned(DIGEST) is None
-    store.save_learned(DIGEST, _snapshot(), TALLY)
+    store.save_learned(DIGEST, _learned())
     assert store.load_learned(DIGEST) is not None
 
 
@@ -153,7 +161,7 @@ def test_a_bundle_of_a_stranger_is_refused(store, tmp_path):
 def test_switching_deletes_the_others(store, tmp_path):
     for digest in (DIGEST, OTHER):
         store.bundle_path(digest).write_bytes(b"x")
-        store.save_learned(digest, _snapshot(), TALLY)
+        store.save_learned(digest, _learned())
     assert store.current() is None
     store.set_current(DIGEST)
     assert store.current() == DIGEST
@@ -206,4 +214,4 @@ def test_a_full_disk_is_an_error_of_ours(store, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DataError, match="No space left"):
-        store.save_learned(DIGEST, _snapshot(), TALLY)
+        store.save_learned(DIGEST, _learned())

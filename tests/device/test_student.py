@@ -163,7 +163,7 @@ def test_the_same_backbone_keeps_buffer_counts_and_drift(tmp_path):
     old, new = _learned(tmp_path / "a"), _student(tmp_path / "b", version=2)
     said = new.adopt(old)
     assert "kept 60 replay entries" in said
-    assert new.tally == old.tally
+    assert new.tally == replace(old.tally, learned_here=0)
     assert new.drift.evidence() == old.drift.evidence()
     assert new.learner.known_classes == (0, 1, 2)
     for a, b in zip(new.learner.buffer.state(), old.learner.buffer.state(), strict=True):
@@ -174,7 +174,7 @@ def test_the_same_backbone_keeps_buffer_counts_and_drift(tmp_path):
 def test_another_backbone_starts_the_buffer_anew(tmp_path):
     old, new = _learned(tmp_path / "a"), _student(tmp_path / "b", version=2, gain=2.0)
     assert "backbone changed" in new.adopt(old)
-    assert new.tally == old.tally
+    assert new.tally == replace(old.tally, learned_here=0)
     assert new.learner.buffer.class_counts == [20, 20, 0, 0]
     assert new.learner.known_classes == BASE
     assert new.drift.evidence()["novelty"].n == 0
@@ -185,7 +185,12 @@ def test_another_capacity_on_the_same_backbone_still_works(tmp_path, capacity):
     old = _student(tmp_path / "a")
     _take(old, *toy((0, 1, 2, 3), 80, seed=3))
     groups = {"base": BASE, "experience-1": (2,)}
-    new = _student(tmp_path / "b", version=2, capacity=capacity, anchor_groups=groups)
+    arrays = tiny_arrays()
+    inside = arrays["anchor_labels"] < capacity
+    arrays |= {name: arrays[name][inside] for name in ("anchor_latents", "anchor_labels")}
+    new = _student(
+        tmp_path / "b", version=2, capacity=capacity, anchor_groups=groups, arrays=arrays
+    )
     new.adopt(old)
     assert max(new.learner.known_classes) < capacity
     new.learner.anchor_counts()
@@ -243,3 +248,27 @@ def test_batches_never_mix_experiences(tmp_path, student):
     learn_stream(student, RecordedStream(path))
     assert sizes == [{1}, {1}, {2}]
     assert LEARNER.batch_new == 8
+
+
+# Drift
+
+
+def test_learned_classes_without_labels_are_no_drift(student):
+    """The reference knows the base classes; what was learned since is new to it by right."""
+    _take(student, *toy((2, 3), 200, seed=5))
+    unlabelled = [Sample(x, None, 2) for x in toy((0, 1, 2, 3), 400, seed=6)[0]]
+    for at in range(0, len(unlabelled), 8):
+        student.take(unlabelled[at : at + 8])
+    watched = student.drift.evidence()["novelty"].n
+    assert 180 <= watched <= 220, "the base classes only"
+    assert not student.drift.alarm
+
+
+def test_what_was_learned_goes_on_after_a_restart(tmp_path):
+    old, new = _learned(tmp_path / "a"), _student(tmp_path / "b")
+    student_drift = [Sample(x, None, 1) for x in toy(BASE, 50, seed=7)[0]]
+    old.take(student_drift)
+    new.restore(old.learned())
+    assert new.tally == old.tally
+    assert new.drift.evidence() == old.drift.evidence()
+    assert np.array_equal(new.learner.engine.theta, old.learner.engine.theta)

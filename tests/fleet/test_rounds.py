@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import threading
 
 import msgspec
 import numpy as np
@@ -158,11 +159,22 @@ def test_wrong_names_are_left_out(ready, server):
     assert set(result.missing) == {"../hub", "+"}
 
 
-def test_collecting_offline_fails_at_once(ready, server, transport):
+def test_collecting_offline_gives_no_answer(ready, server, transport):
     ready("hub")
     transport.drop()
-    result = server.collect_updates(["hub"], timeout_s=30.0)
-    assert "could not be sent" in result.missing["hub"]
+    result = server.collect_updates(["hub"], timeout_s=0.3)
+    assert "no answer" in result.missing["hub"]
+
+
+def test_a_lost_command_is_sent_again(ready, server, transport, make_tail):
+    _, device = ready("hub")
+    device.theta = make_tail(1, 1, 1, 1)
+    transport.drop()
+    back = threading.Timer(0.3, transport.restore)
+    back.start()
+    result = server.collect_updates(["hub"], timeout_s=20.0)
+    back.join()
+    assert [update.device for update in result.updates] == ["hub"]
 
 
 @pytest.fixture

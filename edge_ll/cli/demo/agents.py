@@ -76,12 +76,12 @@ class AgentProcess:
             lines = self._log_file.read_text("utf-8", "replace").splitlines()[-_TAIL_LINES:]
             raise AgentError(f"{self.name} ended with {code}:\n  " + "\n  ".join(lines))
 
-    def has_torch(self) -> bool:
-        """Whether torch's library is mapped into the process (Linux; elsewhere unknown, False)."""
+    def has_torch(self) -> bool | None:
+        """Whether torch's library is mapped into the process; None where that cannot be seen."""
         try:
             return "libtorch" in Path(f"/proc/{self.pid}/maps").read_text("utf-8", "replace")
         except OSError:
-            return False
+            return None
 
     def stop(self) -> None:
         """Ask it to end; insist after a while."""

@@ -130,7 +130,7 @@ def run_lifecycle(options: Options, console: Console) -> Run:
             fleet.wait(agents, lambda: all(fleet.reports(n) for n in names), "the first reports")
         with clock.stage("learn on the devices"):
             _watch_streams(fleet, agents, names, streams, console)
-            torch_free = not any(agent.has_torch() for agent in agents)
+            torch_free = all(agent.has_torch() is False for agent in agents)
         with clock.stage("learn again without replay"):
             naive = learn_naively(
                 python,

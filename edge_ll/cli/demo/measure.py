@@ -9,6 +9,7 @@ import msgspec
 from edge_ll import metrics
 from edge_ll.cli.demo.lifecycle import Run
 from edge_ll.cli.demo.record import DemoRecord, DeviceRecord, MergeRecord, Moment
+from edge_ll.errors import DataError
 from edge_ll.fleet.analysis import accuracy_matrix
 from edge_ll.messages import Report
 from edge_ll.metrics import Counts
@@ -39,6 +40,11 @@ def _device(run: Run, name: str, number: int, groups: tuple[str, ...]) -> Device
     reports = run.reports[name]
     local = [r for r in reports if r.bundle.digest == run.bundle.digest]
     matrix = tuple(tuple(row) for row in accuracy_matrix(local, groups))
+    if len(matrix) != len(groups):
+        raise DataError(
+            f"{name}: expected a report before learning and after each of {len(groups) - 1} "
+            f"experiences, got {len(matrix)} of {len(groups)}"
+        )
     naive = tuple(
         tuple(msgspec.convert(row[group], Counts) for group in groups)
         for row in _rows(run.naive[number])
@@ -55,8 +61,14 @@ def _device(run: Run, name: str, number: int, groups: tuple[str, ...]) -> Device
         alarms=run.alarms[name],
         threshold=local[-1].evidence[SIGNAL].threshold,
         rss_bytes=max(report.rss_bytes for report in reports),
-        final=reports[-1].anchors,
+        final=_last(run, reports).anchors,
     )
+
+
+def _last(run: Run, reports: list[Report]) -> Report:
+    """The last report on the bundle that was rolled out, or on the first where none was."""
+    digest = run.merge.bundle.digest if run.merge.bundle else run.bundle.digest
+    return [report for report in reports if report.bundle.digest == digest][-1]
 
 
 def _rows(outcome: dict[str, Any]) -> list[dict[str, Any]]:
