@@ -30,11 +30,21 @@ class NoveltyReference(NamedTuple):
     class_means: Float32
     scores: Float32
 
-    def score(self, latents: Float32) -> Float32:
-        """Distance to the nearest class mean: float32 [N] for float32 [N, ...] latents."""
+    def whiten(self, latents: Float32) -> Float32:
+        """Latents [N, ...] in the whitened subspace: float32 [N, k]."""
         flat = latents.reshape(len(latents), len(self.center))
-        points = (flat - self.center) @ self.projection
-        squares = np.square(points[:, None, :] - self.class_means[None]).sum(axis=2)
+        points: Float32 = ((flat - self.center) @ self.projection).astype(np.float32)
+        return points
+
+    def score(self, latents: Float32, more_means: Float32 | None = None) -> Float32:
+        """Distance to the nearest class mean: float32 [N] for float32 [N, ...] latents.
+
+        ``more_means`` float32 [M, k], whitened, are those of classes learned since.
+        """
+        means = self.class_means
+        if more_means is not None:
+            means = np.concatenate([means, more_means])
+        squares = np.square(self.whiten(latents)[:, None, :] - means[None]).sum(axis=2)
         nearest: Float32 = np.sqrt(squares.min(axis=1)).astype(np.float32)
         return nearest
 

@@ -12,14 +12,15 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from edge_ll.engine.port import Float32
-from edge_ll.manifest import DriftDefaults
+from edge_ll.engine.port import Float32, Int64
+from edge_ll.manifest import Manifest
 from edge_ll.messages import Evidence
 from edge_ll.novelty import NoveltyReference
 
 Float64 = npt.NDArray[np.float64]
 
 BETS = 8
+ENOUGH = 20  # labelled samples before a learned class has a mean to compare with
 _LARGEST_BET = 0.98  # of the bet at which a score of zero would end the game
 _STANDARD_ERRORS = 3.0
 
@@ -81,16 +82,34 @@ class EDetector:
 
 
 class DriftMonitor:
-    """Watches how new the latents look beside the bundle's reference.
+    """Watches how new the latents look beside the classes that are known.
 
-    It is fed what the reference should cover: unlabelled samples and samples labelled with a class
-    of the pre-training data. A sample labelled with a class learned later is new by right.
+    Known are the classes of the bundle's reference, and each class learned on the device once it
+    has shown enough labelled samples for a mean of its own: learned classes are no drift. The
+    scores are ranked among the reference's, which were made from held-out samples.
+
+    Unlabelled samples are watched, and labelled ones of known classes. A sample labelled as a class
+    that is still being learned is new by right. So is one that is predicted to be a class which
+    the bundle brought without a reference for it.
+
+    Args:
+        reference: The bundle's.
+        manifest: The bundle's: what the reference covers, and the promise to keep.
+        rng: Breaks ties of ranks.
     """
 
     def __init__(
-        self, reference: NoveltyReference, settings: DriftDefaults, rng: np.random.Generator
+        self, reference: NoveltyReference, manifest: Manifest, rng: np.random.Generator
     ) -> None:
+        settings, capacity = manifest.drift, manifest.capacity
         self._reference = reference
+        self._base = np.zeros(capacity, bool)
+        self._base[list(manifest.base_classes)] = True
+        self._unreferenced = np.zeros(capacity, bool)
+        self._unreferenced[list(manifest.known_classes)] = True
+        self._unreferenced &= ~self._base
+        self._counts = np.zeros(capacity)
+        self._sums = np.zeros((capacity, reference.projection.shape[1]))
         self._rng = rng
         # Ranks in a reference of n samples have mean 1/2 up to the reference's own error.
         margin = _STANDARD_ERRORS / math.sqrt(12 * max(len(reference.scores), 1))
@@ -101,12 +120,32 @@ class DriftMonitor:
             average_run_length=settings.average_run_length,
         )
 
-    def observe(self, latents: Float32) -> Float64:
-        """Take latents float32 [N, ...]; their ranks [N] in (0, 1), high where they look new."""
-        ranks = self._reference.rank(self._reference.score(latents), self._rng)
+    def observe(self, latents: Float32, labels: Int64, predicted: Int64) -> Float64:
+        """Take what is to be watched, and skip the rest.
+
+        Args:
+            latents: float32 [N, ...].
+            labels: int64 [N], -1 where nobody said.
+            predicted: int64 [N].
+
+        Returns:
+            The ranks of the samples taken, in (0, 1), high where they look new.
+        """
+        learned = self._learned()
+        known = self._base | learned
+        taken = latents[
+            np.where(labels < 0, known[predicted] | ~self._unreferenced[predicted], known[labels])
+        ]
+        means = (self._sums[learned] / self._counts[learned, None]).astype(np.float32)
+        ranks = self._reference.rank(self._reference.score(taken, means), self._rng)
         for rank in ranks.tolist():
             self._novelty.update(rank)
         return ranks
+
+    def learn(self, latents: Float32, labels: Int64) -> None:
+        """Take labelled samples into the means of the classes learned here."""
+        np.add.at(self._counts, labels, 1.0)
+        np.add.at(self._sums, labels, self._reference.whiten(latents).astype(np.float64))
 
     @property
     def alarm(self) -> bool:
@@ -114,13 +153,20 @@ class DriftMonitor:
         return self._novelty.alarm
 
     def state(self) -> Float64:
-        """For saving; see :meth:`EDetector.state`."""
-        return self._novelty.state()
+        """For saving: the detector's state, then counts and sums per class, as one vector."""
+        return np.concatenate([self._novelty.state(), self._counts, self._sums.ravel()])
 
     def restore(self, state: Float64) -> None:
-        """Go on from :meth:`state`."""
-        self._novelty.restore(state)
+        """Go on from :meth:`state`; one of another shape is ignored, and the watch begins anew."""
+        own, classes = len(self._novelty.state()), len(self._counts)
+        if state.shape == (own + classes + self._sums.size,):
+            self._novelty.restore(state[:own])
+            self._counts = state[own : own + classes].copy()
+            self._sums = state[own + classes :].reshape(self._sums.shape).copy()
 
     def evidence(self) -> dict[str, Evidence]:
         """State per signal."""
         return {"novelty": self._novelty.evidence()}
+
+    def _learned(self) -> npt.NDArray[np.bool_]:
+        return ~self._base & (self._counts >= ENOUGH)

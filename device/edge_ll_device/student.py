@@ -85,7 +85,7 @@ class Student:
         self.bundle = bundle
         self._quantizer = quantizer
         self.learner = Learner(engine, manifest, anchors=anchors, buffer=buffer)
-        self.drift = DriftMonitor(bundle.novelty(), manifest.drift, rng)
+        self.drift = DriftMonitor(bundle.novelty(), manifest, rng)
         self.tally = Tally()
 
     @property
@@ -153,7 +153,7 @@ class Student:
             return "the backbone changed: the replay buffer starts anew"
         self.learner.carry_over(*self._translated(previous))
         kept = f"kept {len(self.learner.buffer)} replay entries"
-        if previous.reference != self.reference:
+        if previous.reference != self.reference or previous.labels != self.labels:
             return f"{kept}; drift is watched anew, against the new reference"
         self.drift = previous.drift
         return f"{kept} and the drift evidence"
@@ -172,6 +172,11 @@ class Student:
         self.learner.predict(latents)
         self.learner.anchor_counts()
         self.bundle.novelty().score(latents)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, by number."""
+        return self.bundle.manifest.labels
 
     @property
     def reference(self) -> frozenset[Digest]:
@@ -202,22 +207,15 @@ class Student:
         return True
 
     def _watch(self, latents: Float32, labels: Int64, predicted: Int64) -> None:
-        """Show the drift monitor what the reference should cover, by label or else by prediction.
-
-        Classes learned on the device are new to the reference by right. A drift that makes known
-        things look like learned ones is therefore seen later, by what remains.
-        """
-        taken_for = np.where(labels < 0, predicted, labels)
-        expected = np.isin(taken_for, self.bundle.manifest.base_classes)
         was_calm = not self.drift.alarm
-        if expected.any():
-            self.drift.observe(latents[expected])
+        self.drift.observe(latents, labels, predicted)
         if was_calm and self.drift.alarm:
             log.warning("drift.detected", extra={"seen": self.tally.seen})
 
     def _learn(self, latents: Float32, labels: npt.NDArray[Any]) -> None:
         try:
             loss = self.learner.learn(latents, labels)
+            self.drift.learn(latents, labels)
         except EngineError as error:
             self._refuse(len(labels), str(error))
             return

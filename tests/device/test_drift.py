@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from edge_ll.manifest import DriftDefaults
 from edge_ll.novelty import NoveltyReference
-from edge_ll_device.drift import BETS, DriftMonitor, EDetector
+from edge_ll_device.drift import BETS, ENOUGH, DriftMonitor, EDetector
 from edge_ll_device.student import Student
 from tests.tiny_bundle import BASE, toy, write_tiny_bundle
 
@@ -165,7 +166,16 @@ def _reference(n: int = 400, seed: int = 0) -> NoveltyReference:
 
 def _monitor(n: int = 400, *, tolerance: float = 0.0, seed: int = 0) -> DriftMonitor:
     settings = DriftDefaults(average_run_length=1e4, tolerance=tolerance)
-    return DriftMonitor(_reference(n, seed), settings, np.random.default_rng(seed))
+    manifest = SimpleNamespace(
+        drift=settings, capacity=2, base_classes=(0, 1), known_classes=(0, 1)
+    )
+    return DriftMonitor(_reference(n, seed), manifest, np.random.default_rng(seed))
+
+
+def _observe(monitor: DriftMonitor, latents: np.ndarray) -> np.ndarray:
+    """As unlabelled samples, taken for class 0."""
+    n = len(latents)
+    return monitor.observe(latents, np.full(n, -1), np.zeros(n, np.int64))
 
 
 def test_calm_latents_rarely_alarm_although_the_reference_is_small():
@@ -174,7 +184,7 @@ def test_calm_latents_rarely_alarm_although_the_reference_is_small():
     for seed in range(40):
         monitor = _monitor(60, seed=seed)
         latents = np.random.default_rng(1000 + seed).normal(size=(1000, 1)).astype(np.float32)
-        monitor.observe(latents)
+        _observe(monitor, latents)
         alarms += monitor.alarm
     assert alarms < 10
 
@@ -183,7 +193,7 @@ def test_calm_latents_rarely_alarm_although_the_reference_is_small():
 def test_latents_that_look_new_or_too_tame_alarm(scale):
     monitor = _monitor()
     latents = scale * np.random.default_rng(9).normal(size=(400, 1)).astype(np.float32)
-    ranks = monitor.observe(latents)
+    ranks = _observe(monitor, latents)
     assert ranks.shape == (400,)
     assert ((ranks > 0) & (ranks < 1)).all()
     assert monitor.alarm
@@ -193,8 +203,8 @@ def test_latents_that_look_new_or_too_tame_alarm(scale):
 def test_the_tolerance_is_a_shift_that_is_no_drift():
     latents = 1.25 * np.random.default_rng(9).normal(size=(3000, 1)).astype(np.float32)
     strict, lenient = _monitor(), _monitor(tolerance=0.2)
-    strict.observe(latents)
-    lenient.observe(latents)
+    _observe(strict, latents)
+    _observe(lenient, latents)
     assert strict.evidence()["novelty"].peak > lenient.evidence()["novelty"].peak
     assert not lenient.alarm
 
@@ -202,7 +212,7 @@ def test_the_tolerance_is_a_shift_that_is_no_drift():
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_a_tiny_reference_gives_ranks_and_no_error(n):
     monitor = _monitor(n)
-    ranks = monitor.observe(np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32))
+    ranks = _observe(monitor, np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32))
     assert ((ranks >= 0) & (ranks <= 1)).all()
     assert not monitor.alarm
 
@@ -217,15 +227,15 @@ def test_ranks_of_ties_are_spread():
 def test_latents_that_are_not_finite_do_not_blind_the_monitor():
     monitor = _monitor()
     with np.errstate(all="ignore"):
-        monitor.observe(np.array([[np.inf], [np.nan]], np.float32))
+        _observe(monitor, np.array([[np.inf], [np.nan]], np.float32))
     assert np.isfinite(monitor.evidence()["novelty"].now)
 
 
-def _student(tmp_path) -> Student:
+def _student(tmp_path, **changes) -> Student:
     from edge_ll.engine.load import open_engine
     from edge_ll_device.config import LearningConfig
 
-    bundle = write_tiny_bundle(tmp_path / "b")
+    bundle = write_tiny_bundle(tmp_path / "b", **changes)
     return Student(bundle, open_engine(bundle), LearningConfig())
 
 
@@ -237,14 +247,33 @@ def _take(student: Student, x, y, *, labelled: bool = True) -> None:
         student.take(samples[at : at + 8])
 
 
-def test_a_class_learned_here_is_no_drift_but_the_same_unlabelled_is(tmp_path):
+def test_a_class_being_learned_is_no_drift_but_unlabelled_it_is(tmp_path):
     new = toy((2, 3), 400, seed=20)
     student = _student(tmp_path)
-    _take(student, *new)
+    _take(student, *(part[:ENOUGH] for part in new))
     assert student.drift.evidence()["novelty"].n == 0
     student = _student(tmp_path)
     _take(student, *new, labelled=False)
     assert student.drift.alarm
+
+
+def test_a_class_learned_here_is_watched_against_its_own_mean(tmp_path):
+    student = _student(tmp_path)
+    _take(student, *toy((2, 3), 400, seed=20))
+    _take(student, *toy((2, 3), 400, seed=23), labelled=False)
+    assert student.drift.evidence()["novelty"].n > 400
+    assert not student.drift.alarm
+    _take(student, *toy((2, 3), 400, seed=24, shift=2.0), labelled=False)
+    assert student.drift.alarm
+
+
+def test_a_class_that_the_bundle_brought_without_reference_is_not_watched(tmp_path):
+    """A merged bundle knows more classes than its reference covers."""
+    student = _student(tmp_path, known_classes=(*BASE, 2, 3))
+    monitor = student.drift
+    latents = student.learner.encode(toy((2, 3), 40, seed=25)[0])
+    assert len(monitor.observe(latents, np.full(40, -1), np.full(40, 2))) == 0
+    assert len(monitor.observe(latents, np.full(40, -1), np.full(40, 0))) == 40
 
 
 def test_base_classes_are_watched_labelled_or_not(tmp_path):

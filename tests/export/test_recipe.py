@@ -46,7 +46,7 @@ def test_every_problem_is_reported_at_once_with_a_suggestion():
     assert "did you mean 'width'" in text
     assert "did you mean 'pointwise'" in text
     assert "student.fit.lr" in text
-    assert "sum below 1, got 1.25" in text
+    assert "sum below 1, got 1.35" in text
     assert "expected 10 (the capacity), got 1" in text
 
 
