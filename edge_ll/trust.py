@@ -1,7 +1,8 @@
 """Who may publish a bundle: Ed25519 signatures over a bundle's manifest (RFC 8032).
 
 A :class:`Signer` holds a private key on the server; a :class:`TrustStore` holds the public keys
-that a device or an operator accepts. Nothing else in the project touches a key.
+that a device or an operator accepts. Nothing else in the project touches a key. Reading and writing
+key files is imported only there: a device does neither, and it costs a megabyte.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge_ll.errors import TrustError
@@ -41,6 +41,8 @@ class Signer:
         Raises:
             TrustError: The file is missing or is not an unencrypted Ed25519 key in PEM form.
         """
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+
         try:
             key = serialization.load_pem_private_key(path.read_bytes(), password=None)
         except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
@@ -60,6 +62,8 @@ class Signer:
 
     def save(self, path: Path) -> None:
         """Write the private key, readable by its owner only, and the public key beside it."""
+        from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+
         pem = self._key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.PKCS8,

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from edge_ll.fleet.overview import DeviceSummary
     from edge_ll.metrics import Counts
     from edge_ll.transport import Transport
-    from edge_ll.trust import TrustStore
 
 _CONNECT_S = 5.0
 _WIDTH_WITHOUT_TERMINAL = 140
@@ -46,14 +45,6 @@ def add_fleet(subparsers: Any) -> None:
     _add_data(serve)
     serve.add_argument(
         "--broker", required=True, metavar="URL", help="mqtt://[user:password@]host[:port]"
-    )
-    serve.add_argument(
-        "--trust",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PUBFILE",
-        help="public keys that may sign bundles",
     )
     serve.set_defaults(run=run_serve)
 
@@ -100,11 +91,10 @@ def run_serve(args: argparse.Namespace) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     try:
         args.data.mkdir(parents=True, exist_ok=True)
-        trust = _trust(args.trust) if args.trust else None
         registry = Registry(args.data / DATABASE)
         with MqttTransport(args.broker, client_id=f"edge-ll-fleet:{args.tenant}") as transport:
             server = FleetServer(
-                transport, registry, tenant=args.tenant, folder=args.data, trust=trust
+                transport, registry, tenant=args.tenant, folder=args.data, trust=None
             )
             server.start()
             try:
@@ -124,9 +114,10 @@ def run_push(args: argparse.Namespace) -> int:
 
     from edge_ll.fleet.publishing import publish_bundle
     from edge_ll.fleet.registry import DATABASE, Registry
+    from edge_ll.trust import TrustStore
 
     _check_tenant(args.tenant)
-    trust = _trust(args.trust)
+    trust = TrustStore.from_file(*args.trust)
     args.data.mkdir(parents=True, exist_ok=True)
     registry = Registry(args.data / DATABASE)
     ref = publish_bundle(registry, args.data, args.bundle, trust=trust, tenant=args.tenant)
@@ -176,21 +167,6 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, required=True, metavar="DIR", help="the server's data folder"
     )
     parser.add_argument("--tenant", default="default", help="whose devices (default: default)")
-
-
-def _trust(paths: Iterable[Path]) -> TrustStore:
-    from edge_ll.errors import TrustError
-    from edge_ll.trust import TrustStore
-
-    keys: list[str] = []
-    for path in paths:
-        try:
-            keys.append(path.read_text(encoding="ascii"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise TrustError(
-                f"{path}: expected a public key in hexadecimal (a .pub file), got: {error}"
-            ) from error
-    return TrustStore.from_hex(keys)
 
 
 def _check_tenant(tenant: str) -> None:

@@ -102,6 +102,7 @@ def _merge(run: Run) -> MergeRecord:
 
 def _summary(run: Run, devices: tuple[DeviceRecord, ...], seconds: float) -> dict[str, object]:
     trained = run.trained.metrics
+    old = _groups(run)[0]
     before = [dict(zip(_groups(run), device.matrix[0], strict=True)) for device in devices]
     learned = [dict(zip(_groups(run), device.matrix[-1], strict=True)) for device in devices]
     return {
@@ -110,9 +111,9 @@ def _summary(run: Run, devices: tuple[DeviceRecord, ...], seconds: float) -> dic
         "teacher_acc": round(trained.teacher_acc, 4),
         "student_acc": round(trained.student_acc, 4),
         "student_acc_without_teacher": round(trained.student_acc_without_teacher, 4),
-        "acc_before": _old_new(before),
-        "acc_learned": _old_new(learned),
-        "acc_after": _old_new([device.final for device in devices]),
+        "acc_before": _old_new(before, old),
+        "acc_learned": _old_new(learned, old),
+        "acc_after": _old_new([device.final for device in devices], old),
         "forgetting": _mean([device.forgetting for device in devices]),
         "naive_forgetting": _mean([device.naive_forgetting for device in devices]),
         "drift_alarms": {device.name: device.alarms for device in devices},
@@ -131,11 +132,11 @@ def _groups(run: Run) -> tuple[str, ...]:
     return tuple(run.bundle.manifest.anchor_groups)
 
 
-def _old_new(devices: list[dict[str, Counts]]) -> dict[str, float]:
-    """Accuracy on the base classes and on all others, from the counts of all devices together."""
-    old = metrics.total(counts["base"] for counts in devices)
+def _old_new(devices: list[dict[str, Counts]], first: str) -> dict[str, float]:
+    """Accuracy on the first group and on all others, from the counts of all devices together."""
+    old = metrics.total(counts[first] for counts in devices)
     new = metrics.total(
-        item for counts in devices for group, item in counts.items() if group != "base"
+        item for counts in devices for group, item in counts.items() if group != first
     )
     return {"old": round(old.accuracy, 4), "new": round(new.accuracy, 4)}
 
