@@ -89,6 +89,7 @@ class Agent:
 
     def run(self, *, connect_timeout_s: float = 5.0) -> None:
         """Work until :meth:`stop`."""
+        log.info("agent.started", extra={"device": self._address.device, "session": self._session})
         for kind in (Offer, Chunk, Command, UpdateRequest):
             self._transport.subscribe(kind.topic(self._address), self._receiver(kind))
         self._transport.on_connect(lambda: self._inbox.put(None))
@@ -108,6 +109,7 @@ class Agent:
             self._outbox.drain(self._transport)
             self._save_status()
             self._outbox.close()
+            log.info("agent.stopped", extra={"device": self._address.device})
 
     def _turn(self) -> None:
         """One round of everything that may be due."""

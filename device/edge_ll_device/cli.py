@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import secrets
 import signal
 import sys
@@ -19,8 +18,6 @@ from edge_ll.terminal import FAILED, OK, add_common, run_verb
 
 if TYPE_CHECKING:
     from edge_ll_device.student import Student
-
-log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,12 +96,10 @@ def _run(arguments: argparse.Namespace) -> int:
     agent = Agent(settings, transport, store, session=session)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
-    log.info("agent.started", extra={"device": settings.device, "session": session})
     try:
         agent.run()
     finally:
         transport.close()
-    log.info("agent.stopped", extra={"device": settings.device})
     return OK
 
 
