@@ -39,7 +39,7 @@ Make = Callable[..., Engine]
 
 def _artifacts(learner: LearnerDefaults) -> dict[str, bytes]:
     if find_spec("torch") is None:
-        skip_unless_ci("the artifacts are exported with torch, which is not installed")
+        pytest.skip("the artifacts are exported with torch, which is not installed")
     if find_spec("onnxruntime.training") is None:
         skip_unless_ci("onnxruntime-training is not installed")
     return exported_artifacts("linear", replace(learner, learning_rate=1e-3))
