@@ -88,9 +88,9 @@ class DriftMonitor:
     has shown enough labelled samples for a mean of its own: learned classes are no drift. The
     scores are ranked among the reference's, which were made from held-out samples.
 
-    Unlabelled samples are watched, and labelled ones of known classes. A sample labelled as a class
-    that is still being learned is new by right. So is one that is predicted to be a class which
-    the bundle brought without a reference for it.
+    Unlabelled samples are watched, and labelled ones of base classes. A sample labelled as a class
+    learned here is not: it helps to make the mean that it would be compared with. Nor is one that
+    is predicted to be a class which the bundle brought without a reference for it.
 
     Args:
         reference: The bundle's.
@@ -132,10 +132,8 @@ class DriftMonitor:
             The ranks of the samples taken, in (0, 1), high where they look new.
         """
         learned = self._learned()
-        known = self._base | learned
-        taken = latents[
-            np.where(labels < 0, known[predicted] | ~self._unreferenced[predicted], known[labels])
-        ]
+        unlabelled = self._base | learned | ~self._unreferenced
+        taken = latents[np.where(labels < 0, unlabelled[predicted], self._base[labels])]
         means = (self._sums[learned] / self._counts[learned, None]).astype(np.float32)
         ranks = self._reference.rank(self._reference.score(taken, means), self._rng)
         for rank in ranks.tolist():

@@ -261,7 +261,7 @@ def test_a_class_learned_here_is_watched_against_its_own_mean(tmp_path):
     student = _student(tmp_path)
     _take(student, *toy((2, 3), 400, seed=20))
     _take(student, *toy((2, 3), 400, seed=23), labelled=False)
-    assert student.drift.evidence()["novelty"].n > 400
+    assert student.drift.evidence()["novelty"].n == 400
     assert not student.drift.alarm
     _take(student, *toy((2, 3), 400, seed=24, shift=2.0), labelled=False)
     assert student.drift.alarm
