@@ -29,7 +29,8 @@ from edge_ll.onnx_scan import check_onnx
 from edge_ll.trust import SEAL_BYTES, Signer, TrustStore
 
 MANIFEST, SEAL, RECIPE = "manifest.json", "manifest.seal", "recipe.json"
-BACKBONE, TAIL, STEP, THETA = "backbone.onnx", "tail.onnx", "step.onnx", "theta.f32"
+BACKBONE, TAIL, THETA = "backbone.onnx", "tail.onnx", "theta.f32"
+STEP, PROJECTED_STEP = "step.onnx", "step_projected.onnx"
 ORT_TRAINING = "ort_training/"
 
 MAX_MANIFEST_BYTES = 1 << 20

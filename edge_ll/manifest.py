@@ -16,8 +16,14 @@ from msgspec import Meta
 
 from edge_ll.errors import BundleError
 
-FORMAT = 1
-"""Version of the manifest's format; a device refuses a higher one."""
+FORMAT = 2
+"""Version of the format; a device refuses a higher one.
+
+2: the step graph's ``hyper`` holds bias correction and decay already, and the loss has terms.
+"""
+
+OLDEST_FORMAT = 2
+"""The oldest format that this version reads: a step graph of format 1 would be misled."""
 
 EngineName = Literal["step-graph", "ort-training"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -68,6 +74,22 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: Index
 
 
+class LossTerms(msgspec.Struct, frozen=True, kw_only=True):
+    """Which terms the training loss has beside cross-entropy; fixed when the graphs are made.
+
+    Attributes:
+        target: Distance to the target logits: ``mse`` (DER, DER++) or ``kl`` (LwF).
+        temperature: Of ``kl``: softens both distributions.
+        anchor: Whether θ is held near a centre (EWC, L2-SP).
+        projection: Whether a gradient can be projected against a reference batch's (A-GEM).
+    """
+
+    target: Literal["mse", "kl"] = "mse"
+    temperature: Annotated[float, Meta(gt=0)] = 2.0
+    anchor: bool = False
+    projection: bool = False
+
+
 class LearnerDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """How the device learns unless its own configuration says otherwise."""
 
@@ -80,6 +102,7 @@ class LearnerDefaults(msgspec.Struct, frozen=True, kw_only=True):
     batch_replay: Index
     steps_per_batch: Count
     buffer_entries: Index
+    loss: LossTerms = LossTerms()
 
 
 class DriftDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,10 +199,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise BundleError(f"manifest.json is not JSON: {error}") from error
         version = raw.get("format") if isinstance(raw, dict) else None
-        if not isinstance(version, int) or not 1 <= version <= FORMAT:
+        if not isinstance(version, int) or not OLDEST_FORMAT <= version <= FORMAT:
             raise BundleError(
-                f"manifest.json has format {version!r}; this version of edge-ll reads 1 to "
-                f"{FORMAT}: update the agent, or export with an older edge-ll"
+                f"manifest.json has format {version!r}; this version of edge-ll reads "
+                f"{OLDEST_FORMAT} to {FORMAT}: update the agent, or export the bundle with an "
+                "edge-ll of the agent's version"
             )
         raw.pop("unknown", None)
         try:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_ll.errors import BundleError
-from edge_ll.manifest import FORMAT, Manifest
+from edge_ll.manifest import FORMAT, OLDEST_FORMAT, LossTerms, Manifest
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -17,7 +17,7 @@ DIGEST = "0123456789abcdef" * 4
 def plain_manifest() -> dict:
     """Every field of a manifest, as JSON holds it."""
     return {
-        "format": 1,
+        "format": FORMAT,
         "name": "kws",
         "version": 3,
         "input": {"shape": [16000], "dtype": "float32"},
@@ -41,6 +41,7 @@ def plain_manifest() -> dict:
             "batch_replay": 12,
             "steps_per_batch": 2,
             "buffer_entries": 100,
+            "loss": {"target": "kl", "temperature": 3.0, "anchor": True, "projection": True},
         },
         "drift": {"average_run_length": 1000.0, "tolerance": 0.1},
         "anchor_groups": {"base": [0], "new": [1, 2]},
@@ -83,10 +84,11 @@ def test_what_follows_from_the_fields():
 
 def test_optional_fields_have_defaults():
     raw = plain_manifest()
-    del raw["learner"]["momentum"], raw["drift"]["tolerance"]
+    del raw["learner"]["momentum"], raw["learner"]["loss"], raw["drift"]["tolerance"]
     raw["provenance"] = {"recipe": "r", "created_at_s": 0}
     manifest = Manifest.decode(json.dumps(raw).encode())
     assert (manifest.learner.momentum, manifest.drift.tolerance) == (0.9, 0.0)
+    assert manifest.learner.loss == LossTerms(target="mse", anchor=False, projection=False)
     assert manifest.provenance.parent is None
 
 
@@ -136,7 +138,9 @@ def test_a_field_called_unknown_does_not_smuggle_values_in(value):
     assert json.loads(manifest.encode()) == plain_manifest()
 
 
-@pytest.mark.parametrize("version", [FORMAT + 1, 0, -1, "1", True, 1.0, None, [1]])
+@pytest.mark.parametrize(
+    "version", [FORMAT + 1, OLDEST_FORMAT - 1, 0, -1, "2", True, 2.0, None, [2]]
+)
 def test_other_formats_are_refused(version):
     with pytest.raises(BundleError, match="format"):
         decode(format=version)
@@ -180,6 +184,8 @@ BROKEN = [
     ("empty axis", {"input": {"shape": [0], "dtype": "float32"}}, "shape"),
     ("rate of zero", merged("learner", learning_rate=0), "learning_rate"),
     ("momentum of one", merged("learner", momentum=1), "momentum"),
+    ("unknown target", merged("learner", loss={"target": "cosine"}), "target"),
+    ("temperature of zero", merged("learner", loss={"temperature": 0}), "temperature"),
     ("run length of one", merged("drift", average_run_length=1), "average_run_length"),
     ("no labels", {"labels": None}, "labels"),
 ]  # fmt: skip

@@ -10,18 +10,20 @@ from __future__ import annotations
 import struct
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from edge_ll.bundle import BACKBONE, STEP, TAIL, THETA, Bundle, write_bundle
 from edge_ll.engine.port import Batch
-from edge_ll.engine.step_graph import BETA1, BETA2, EPSILON, HYPER, OUTPUTS
+from edge_ll.engine.step_graph import BETA1, BETA2, HYPER, OUTPUTS
 from edge_ll.manifest import (
     ArraySpec,
     DriftDefaults,
     LearnerDefaults,
+    LossTerms,
     Manifest,
     Provenance,
     TensorSpec,
@@ -31,6 +33,7 @@ from edge_ll.novelty import fit_novelty
 from edge_ll.quantize import LatentQuantizer
 from edge_ll.trust import Signer, TrustStore
 
+DEFAULT_TERMS = LossTerms()
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 TRUST = TrustStore([SIGNER.public_key])
 
@@ -201,18 +204,16 @@ def step_graph(optimizer: str = "adamw", capacity: int = CAPACITY, beta2: float 
 
 
 def _adamw(g: Graph, gradient: str, hyper: Any, beta2: float) -> None:
-    rate, decay, count, one = hyper(0), hyper(1), hyper(4), g.const(1.0)
+    rate, keep, epsilon = hyper(0), hyper(1), hyper(4)
 
     def moment(old: str, new: str, beta: float, out: str) -> str:
         kept, added = g.op("Mul", old, g.const(beta)), g.op("Mul", new, g.const(1 - beta))
-        total = g.op("Add", kept, added, out=out)
-        return g.op("Div", total, g.op("Sub", one, g.op("Pow", g.const(beta), count)))
+        return g.op("Add", kept, added, out=out)
 
     mean = moment("m", gradient, BETA1, "m_out")
     square = moment("v", g.op("Mul", gradient, gradient), beta2, "v_out")
-    move = g.op("Div", mean, g.op("Add", g.op("Sqrt", square), g.const(EPSILON)))
-    kept = g.op("Mul", "theta", g.op("Sub", one, g.op("Mul", rate, decay)))
-    g.op("Sub", kept, g.op("Mul", rate, move), out="theta_out")
+    move = g.op("Div", mean, g.op("Add", g.op("Sqrt", square), epsilon))
+    g.op("Sub", g.op("Mul", "theta", keep), g.op("Mul", rate, move), out="theta_out")
 
 
 def _sgd(g: Graph, gradient: str, hyper: Any, _beta2: float) -> None:
@@ -302,43 +303,64 @@ def tiny_arrays(*, gain: float = 1.0) -> dict[str, np.ndarray]:
 
 # Tails exported with torch; each export takes seconds, so it is made once.
 
-TAILS = {"linear": ((LATENT,), ()), "mlp": ((LATENT,), (5,)), "pointwise": ((6, 5), (6, 7))}
+
+class TailCase(NamedTuple):
+    """A small tail of one kind."""
+
+    kind: str
+    latent: tuple[int, ...]
+    hidden: tuple[int, ...]
 
 
-def torch_tail(kind: str) -> Any:
-    """A tail of each kind with fixed weights; :data:`TAILS` has its latent and hidden sizes."""
+TAILS = {
+    "linear": TailCase("linear", (LATENT,), ()),
+    "mlp": TailCase("mlp", (LATENT,), (5,)),
+    "pointwise": TailCase("pointwise", (6, 5), (6, 7)),
+    "separable": TailCase("separable", (3, 10, 4), (5, 4)),
+    "separable-1d": TailCase("separable", (3, 24), (5, 4)),
+    "transformer": TailCase("transformer", (5, 6), (8, 12)),
+}
+
+
+def torch_tail(name: str) -> Any:
+    """One of :data:`TAILS` with fixed weights."""
     import torch
 
-    from edge_ll_export.models.tails import MlpTail, PointwiseTail
+    from edge_ll_export.models.tails import TAILS as KINDS
 
     torch.manual_seed(3)
-    shape, hidden = TAILS[kind]
-    build = PointwiseTail if kind == "pointwise" else MlpTail
-    return build(latent_shape=shape, hidden=hidden, capacity=CAPACITY)
+    case = TAILS[name]
+    return KINDS[case.kind](latent_shape=case.latent, hidden=case.hidden, capacity=CAPACITY)
 
 
 @cache
-def exported_tail(kind: str) -> bytes:
+def exported_tail(name: str) -> bytes:
     """The inference graph of :func:`torch_tail`."""
     from edge_ll_export.graphs import export_tail
 
-    return export_tail(torch_tail(kind), TAILS[kind][0])
+    return export_tail(torch_tail(name), TAILS[name].latent)
 
 
 @cache
-def exported_step(kind: str, optimizer: str) -> bytes:
-    """The step graph of :func:`torch_tail`."""
-    from edge_ll_export.step_graph import export_step_graph
+def exported_steps(name: str, optimizer: str, terms: LossTerms = DEFAULT_TERMS) -> dict[str, bytes]:
+    """The step graphs of :func:`torch_tail` by their names in a bundle."""
+    from edge_ll_export.step_graph import export_step_graphs
 
-    return export_step_graph(torch_tail(kind), TAILS[kind][0], optimizer)
+    learner = replace(LEARNER, optimizer=optimizer, loss=terms)
+    return export_step_graphs(torch_tail(name), TAILS[name].latent, learner)
+
+
+def exported_step(name: str, optimizer: str) -> bytes:
+    """The plain step graph of :func:`torch_tail`."""
+    return exported_steps(name, optimizer)[STEP]
 
 
 @cache
-def exported_artifacts(kind: str, learner: LearnerDefaults) -> dict[str, bytes]:
+def exported_artifacts(name: str, learner: LearnerDefaults) -> dict[str, bytes]:
     """The artifacts for onnxruntime-training of :func:`torch_tail`."""
     from edge_ll_export.ort_artifacts import export_ort_artifacts
 
-    return export_ort_artifacts(torch_tail(kind), TAILS[kind][0], learner)
+    return export_ort_artifacts(torch_tail(name), TAILS[name].latent, learner)
 
 
 def write_torch_bundle(
@@ -353,14 +375,15 @@ def write_torch_bundle(
     from edge_ll_export.tail_loss import flatten_theta, theta_layout
 
     tail = torch_tail(kind)
-    files = {TAIL: exported_tail(kind), STEP: exported_step(kind, learner.optimizer)}
+    steps = exported_steps(kind, learner.optimizer, learner.loss)
+    files = {TAIL: exported_tail(kind), **steps}
     if artifacts:
         files |= exported_artifacts(kind, learner)
     engines = ("step-graph", "ort-training") if artifacts else ("step-graph",)
     fields: dict[str, Any] = {
         "theta": flatten_theta(tail).numpy(),
         "layout": theta_layout(tail),
-        "latent": TensorSpec(shape=TAILS[kind][0], dtype="float32"),
+        "latent": TensorSpec(shape=TAILS[kind].latent, dtype="float32"),
         "engines": engines,
         **changes,
         "files": files | changes.get("files", {}),

@@ -48,7 +48,7 @@ def add_verify(subparsers: Any) -> None:
                    "edge-ll verify my.bundle --trust signing.pem.pub")  # fmt: skip
     _bundle(verify)
     verify.add_argument("--engine", choices=("all", "step-graph", "ort-training"), default="all")
-    verify.add_argument("--steps", type=int, default=10, help="training steps to compare (10)")
+    verify.add_argument("--steps", type=int, default=100, help="training steps to compare (100)")
 
 
 def _verb(subparsers: Any, name: str, text: str, run: Any, example: str) -> argparse.ArgumentParser:
@@ -168,10 +168,12 @@ def _print_parities(bundle: Bundle, parities: list[Parity], arguments: argparse.
     else:
         print(f"{bundle.manifest.name} {bundle.manifest.version}: {bundle.size_bytes:,} bytes, "
               f"signed by {bundle.key_id}, all hashes match")  # fmt: skip
+        print("worst difference from torch, absolute and as a share of the largest value:")
         for parity in parities:
-            print(
-                f"  {parity.engine:13} on {parity.runtime}: worst difference from torch: logits "
-                f"{parity.logits:.1e}, losses {parity.losses:.1e}, θ after {parity.steps} steps "
-                f"{parity.theta:.1e}: {'ok' if parity.ok else 'FAILED'}"
-            )
+            print(f"  {parity.engine} on {parity.runtime}, {parity.provider}:"
+                  f" {'ok' if parity.ok else 'FAILED'}")  # fmt: skip
+            for name in ("logits", "losses", "gradients", "theta"):
+                gap = getattr(parity, name)
+                shown = f"θ after {parity.steps} steps" if name == "theta" else name
+                print(f"    {shown:22} {gap.absolute:.1e}  {gap.relative:.1e}")
     return OK if ok else CHECK_FAILED

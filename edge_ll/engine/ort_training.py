@@ -21,7 +21,9 @@ from edge_ll.engine.port import (
     EngineInfo,
     EngineState,
     Float32,
+    check_anchor,
     check_batch,
+    check_reference,
     check_theta,
 )
 from edge_ll.engine.runtime import RuntimeOptions, runtime_name, session_options
@@ -50,6 +52,8 @@ class OrtTrainingEngine:
         self._manifest = bundle.manifest
         self._options = options
         self._graphs = InferenceGraphs(bundle, options)
+        size = bundle.manifest.theta_size
+        self._anchor = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self._files = tempfile.TemporaryDirectory(prefix="edge-ll-")
         for name in FILES:
             (self._folder / name).write_bytes(bundle.read(ORT_TRAINING + name))
@@ -115,33 +119,78 @@ class OrtTrainingEngine:
         """Run the tail."""
         return self._graphs.logits(latents, self._theta)
 
-    def step(self, batch: Batch) -> float:
+    def set_anchor(self, centre: Float32, weight: Float32) -> None:
+        """Hold θ near a centre."""
+        manifest = self._manifest
+        self._anchor = check_anchor(manifest.learner.loss, centre, weight, manifest.theta_size)
+
+    def step(self, batch: Batch, reference: Batch | None = None) -> float:
         """One optimizer step."""
         check_batch(batch, self._manifest.latent.shape, self._manifest.capacity)
-        named = batch._asdict()
-        fetches = native.OrtValueVector()
+        share = 0.0 if reference is None else self._share_against(batch, reference)
         try:
-            self._module.train_step([named[name] for name in self._inputs], fetches)
-        except Exception as error:  # the runtime's exceptions share no base
+            loss = self._accumulate(batch)
+            if reference is not None and share:
+                # Gradients add up, and the loss is linear in its weights: this takes the part away.
+                self._accumulate(_scaled(reference, -share), anchored=False)
+            if not (np.isfinite(loss) and np.isfinite(self._read_gradient()).all()):
+                raise EngineError(
+                    f"step: loss {loss}; expected finite loss and gradients. θ is unchanged; lower "
+                    "the learning rate or look at the batch"
+                )
+            before = self._theta
+            self._optimizer.optimizer_step()
+        finally:
             self._module.lazy_reset_grad()
-            raise EngineError(f"step: {error}") from error
-        loss = float(fetches[0].numpy())
-        gradients = (self._parameter(e.name).grad.numpy() for e in self._manifest.theta)
-        if not (np.isfinite(loss) and all(np.isfinite(g).all() for g in gradients)):
-            self._module.lazy_reset_grad()
-            raise EngineError(
-                f"step: loss {loss}; expected finite loss and gradients. θ is unchanged; lower "
-                "the learning rate or look at the batch"
-            )
-        before = self._theta
-        self._optimizer.optimizer_step()
-        self._module.lazy_reset_grad()
         self._theta = self._read_theta()
-        if not np.isfinite(self._theta).all():
+        if not np.isfinite(self._theta @ self._theta):
             # The runtime updates in place: θ can be brought back, the moments begin anew.
             self.set_theta(before)
             raise EngineError("step: θ overflowed and was brought back; lower the learning rate")
         return loss
+
+    def gradient(self, batch: Batch) -> Float32:
+        """The loss's gradient, of which no step is made."""
+        check_batch(batch, self._manifest.latent.shape, self._manifest.capacity)
+        gradient = self._gradient(batch)
+        if not np.isfinite(gradient).all():
+            raise EngineError("gradient: expected finite values; look at the batch")
+        return gradient
+
+    def _share_against(self, batch: Batch, reference: Batch) -> float:
+        """How much of the reference's gradient A-GEM adds to the batch's, as a factor below 0."""
+        manifest = self._manifest
+        terms = manifest.learner.loss
+        check_reference(terms, reference, manifest.latent.shape, manifest.capacity)
+        gradient = self._gradient(batch, anchored=False).astype(np.float64)
+        against = self._gradient(reference, anchored=False).astype(np.float64)
+        return min(float(gradient @ against), 0.0) / max(float(against @ against), 1e-12)
+
+    def _gradient(self, batch: Batch, *, anchored: bool = True) -> Float32:
+        try:
+            self._accumulate(batch, anchored=anchored)
+            return self._read_gradient()
+        finally:
+            self._module.lazy_reset_grad()
+
+    def _read_gradient(self) -> Float32:
+        parts = [self._parameter(e.name).grad.numpy().reshape(-1) for e in self._manifest.theta]
+        return np.concatenate(parts)
+
+    def _accumulate(self, batch: Batch, *, anchored: bool = True) -> float:
+        """Add the batch's gradient to what the runtime holds; the batch's loss."""
+        centre, weight = self._anchor
+        named: dict[str, npt.NDArray[Any]] = {
+            **batch._asdict(),
+            "anchor_centre": centre,
+            "anchor_weight": weight if anchored else np.zeros_like(weight),
+        }
+        fetches = native.OrtValueVector()
+        try:
+            self._module.train_step([named[name] for name in self._inputs], fetches)
+        except Exception as error:  # the runtime's exceptions share no base
+            raise EngineError(f"step: {error}") from error
+        return float(fetches[0].numpy())
 
     def state(self) -> EngineState:
         """A copy of θ and, as a checkpoint file's bytes, of the optimizer."""
@@ -159,3 +208,11 @@ class OrtTrainingEngine:
         if not np.array_equal(self._theta, theta):
             self._state, self._module, self._optimizer, self._theta = kept
             raise EngineError("the saved checkpoint does not hold the saved θ; nothing changed")
+
+
+def _scaled(batch: Batch, factor: float) -> Batch:
+    """A batch whose loss is ``factor`` times as large."""
+    scale = np.float32(factor)
+    return batch._replace(
+        ce_weight=batch.ce_weight * scale, target_weight=batch.target_weight * scale
+    )

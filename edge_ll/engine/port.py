@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ll.errors import EngineError
+from edge_ll.manifest import LossTerms
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -24,7 +25,8 @@ class Batch(NamedTuple):
         labels: int64 [N].
         ce_weight: float32 [N], weight of each sample's cross-entropy.
         class_mask: float32 [N, C], added to the logits before the softmax: 0 or ``MASKED``.
-        target_logits: float32 [N, C], logits to stay close to (DER).
+        target_logits: float32 [N, C], logits to stay close to (DER, LwF). Where the bundle's loss
+            compares softmaxes (``kl``), a class whose target is ``MASKED`` takes no part.
         target_weight: float32 [N], weight of each sample's distance to them.
     """
 
@@ -83,11 +85,32 @@ class Engine(Protocol):
         """Run the tail: float32 [N, C]."""
         ...
 
-    def step(self, batch: Batch) -> float:
+    def step(self, batch: Batch, reference: Batch | None = None) -> float:
         """One optimizer step on the batch; the loss before it.
 
+        With a reference batch, of any size, the gradient loses the part that would raise the
+        reference's loss (A-GEM). The bundle's loss must have been exported with ``projection``.
+
         Raises:
-            EngineError: The batch is malformed, or the loss is not finite; nothing has changed.
+            EngineError: A batch is malformed, or the loss is not finite; nothing has changed.
+        """
+        ...
+
+    def gradient(self, batch: Batch) -> Float32:
+        """The gradient of the batch's loss by θ, float32 [P], not clipped; nothing changes.
+
+        Raises:
+            EngineError: The batch is malformed, or the gradient is not finite.
+        """
+        ...
+
+    def set_anchor(self, centre: Float32, weight: Float32) -> None:
+        """Hold θ near ``centre``: adds ``sum_i weight_i (θ_i - centre_i)²`` to the loss (EWC).
+
+        Both are float32 [P], no weight below zero. Until this is called nothing is held.
+
+        Raises:
+            EngineError: The bundle's loss has no anchor, or a vector is wrong; the old one stays.
         """
         ...
 
@@ -116,17 +139,40 @@ def plain_batch(latents: Float32, labels: Int64, class_mask: Float32) -> Batch:
     )
 
 
-def check_theta(theta: Float32, size: int) -> Float32:
-    """A private copy of θ, or an error.
+def check_theta(theta: Float32, size: int, name: str = "θ") -> Float32:
+    """A private copy of θ or of a vector like it, or an error.
 
     Raises:
         EngineError: Wrong shape or dtype, or a value that is not finite.
     """
     if theta.shape != (size,) or theta.dtype != np.float32:
-        raise EngineError(f"θ: expected float32 [{size}], got {theta.dtype} {list(theta.shape)}")
+        raise EngineError(
+            f"{name}: expected float32 [{size}], got {theta.dtype} {list(theta.shape)}"
+        )
     if not np.isfinite(theta).all():
-        raise EngineError("θ holds values that are not finite; the old θ stays")
+        raise EngineError(f"{name} holds values that are not finite; the old one stays")
     return theta.copy()
+
+
+def check_anchor(
+    terms: LossTerms, centre: Float32, weight: Float32, size: int
+) -> tuple[Float32, Float32]:
+    """Private copies of an anchor's two vectors, or an error.
+
+    Raises:
+        EngineError: The loss has no anchor, or a vector is wrong.
+    """
+    if not terms.anchor:
+        raise EngineError(
+            "this bundle's loss has no anchor; export one whose recipe says learner.anchor = true"
+        )
+    checked = check_theta(weight, size, "anchor weight")
+    if (checked < 0).any():
+        raise EngineError("anchor weight: expected no value below zero")
+    return check_theta(centre, size, "anchor centre"), checked
+
+
+_EXPECTED = (np.float32, np.int64, np.float32, np.float32, np.float32, np.float32)
 
 
 def check_batch(batch: Batch, latent_shape: tuple[int, ...], capacity: int) -> None:
@@ -136,22 +182,32 @@ def check_batch(batch: Batch, latent_shape: tuple[int, ...], capacity: int) -> N
         EngineError: Which tensor is wrong, what was expected and what came.
     """
     n = len(batch.labels)
-    expected: dict[str, tuple[tuple[int, ...], type]] = {
-        "latents": ((n, *latent_shape), np.float32),
-        "labels": ((n,), np.int64),
-        "ce_weight": ((n,), np.float32),
-        "class_mask": ((n, capacity), np.float32),
-        "target_logits": ((n, capacity), np.float32),
-        "target_weight": ((n,), np.float32),
-    }
     if not n:
         raise EngineError("a batch needs at least one sample")
-    for name, (shape, dtype) in expected.items():
-        value = getattr(batch, name)
+    shapes = ((n, *latent_shape), (n,), (n,), (n, capacity), (n, capacity), (n,))
+    tensors: tuple[npt.NDArray[Any], ...] = batch
+    for name, value, shape, dtype in zip(Batch._fields, tensors, shapes, _EXPECTED, strict=True):
         if value.shape != shape or value.dtype != dtype:
             raise EngineError(
                 f"{name}: expected {np.dtype(dtype)} {list(shape)}, "
                 f"got {value.dtype} {list(value.shape)}"
             )
-    if batch.labels.min() < 0 or batch.labels.max() >= capacity:
-        raise EngineError(f"labels: expected 0 to {capacity - 1}, got up to {batch.labels.max()}")
+    low, high = int(batch.labels.min()), int(batch.labels.max())
+    if low < 0 or high >= capacity:
+        raise EngineError(f"labels: expected 0 to {capacity - 1}, got {low} to {high}")
+
+
+def check_reference(
+    terms: LossTerms, reference: Batch, latent_shape: tuple[int, ...], capacity: int
+) -> None:
+    """Refuse a reference batch that is malformed or that the bundle has no graph for.
+
+    Raises:
+        EngineError: What is wrong with it.
+    """
+    if not terms.projection:
+        raise EngineError(
+            "this bundle cannot project gradients; export one whose recipe says "
+            "learner.projection = true"
+        )
+    check_batch(reference, latent_shape, capacity)

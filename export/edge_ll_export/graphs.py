@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
@@ -66,11 +67,13 @@ def export_program(
     dynamic_shapes: tuple[Any, ...],
     *,
     optimize: bool = True,
+    forms: Mapping[Any, Any] | None = None,
 ) -> bytes:
     """Export through torch.export and check the result.
 
     With ``optimize`` off the parameters stay what they are in the module: initializers with the
-    module's names, not folded into other constants.
+    module's names, not folded into other constants. ``forms`` are ONNX forms by torch operator,
+    in place of the exporter's own.
 
     Raises:
         ExportError: torch cannot express the module in ONNX, or the result is not self-contained.
@@ -91,6 +94,7 @@ def export_program(
                 dynamo=True,
                 verbose=False,
                 optimize=optimize,
+                custom_translation_table=dict(forms or {}),
             )
     except Exception as error:  # the exporter raises many kinds; all mean the same here
         raise ExportError(f"{type(module).__name__}: torch cannot export it: {error}") from error

@@ -55,7 +55,7 @@ def export_ort_artifacts(
         )
     else:
         optimizer = onnxblock.optim.SGD(clip_grad=clip)
-    model = _forward_model(tail, latent_shape)
+    model = _forward_model(TailLoss(tail, learner.loss), latent_shape)
     with tempfile.TemporaryDirectory() as folder:
         try:
             with _quiet():
@@ -92,15 +92,16 @@ def _quiet() -> Iterator[None]:
         root.setLevel(level)
 
 
-def _forward_model(tail: nn.Module, latent_shape: tuple[int, ...]) -> onnx.ModelProto:
+def _forward_model(module: TailLoss, latent_shape: tuple[int, ...]) -> onnx.ModelProto:
     """Loss (first output) and logits, with the tail's parameters as initializers."""
     batch = torch.export.Dim("batch", min=1, max=65536)
+    axes = tuple({0: batch} if name in BATCH_NAMES else None for name in module.inputs)
     data = export_program(
-        TailLoss(tail),
-        example_inputs(tail, latent_shape)[: len(BATCH_NAMES)],
-        BATCH_NAMES,
+        module,
+        example_inputs(module.tail, latent_shape, module.inputs),
+        module.inputs,
         ("loss", "logits"),
-        tuple({0: batch} for _ in BATCH_NAMES),
+        (axes[0], axes[1:]),  # the forward pass takes the latents, then all else as one tuple
         optimize=False,
     )
     return onnx.load_from_string(data)

@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from edge_ll import __version__
-from edge_ll.bundle import BACKBONE, RECIPE, STEP, TAIL, THETA, Bundle, write_bundle
+from edge_ll.bundle import BACKBONE, RECIPE, TAIL, THETA, Bundle, write_bundle
 from edge_ll.engine.load import open_engine
 from edge_ll.errors import ExportError
 from edge_ll.manifest import (
@@ -23,6 +23,7 @@ from edge_ll.manifest import (
     DriftDefaults,
     EngineName,
     LearnerDefaults,
+    LossTerms,
     Manifest,
     Provenance,
     TensorSpec,
@@ -35,7 +36,7 @@ from edge_ll_export.ort_artifacts import export_ort_artifacts, why_not
 from edge_ll_export.parity import TOLERANCE, Parity, check_parity, require_parity
 from edge_ll_export.pipeline import Trained
 from edge_ll_export.recipe import Recipe
-from edge_ll_export.step_graph import export_step_graph
+from edge_ll_export.step_graph import export_step_graphs
 from edge_ll_export.tail_loss import flatten_theta, theta_layout
 
 Arrays = dict[str, npt.NDArray[np.generic]]
@@ -84,7 +85,7 @@ def export_bundle(
     told("inference graph")
     files[TAIL] = export_tail(student.tail, shape)
     told("step graph")
-    files[STEP] = export_step_graph(student.tail, shape, learner.optimizer)
+    files |= export_step_graphs(student.tail, shape, learner)
     engines: tuple[EngineName, ...] = ("step-graph",)
     if why_not(learner) is None:
         told("onnxruntime-training artifacts")
@@ -124,6 +125,12 @@ def learner_defaults(recipe: Recipe, latent_shape: tuple[int, ...]) -> LearnerDe
         batch_replay=learner.batch_replay,
         steps_per_batch=learner.steps_per_batch,
         buffer_entries=min(learner.buffer_entries, learner.buffer_bytes // entry_bytes),
+        loss=LossTerms(
+            target=learner.target,
+            temperature=learner.temperature,
+            anchor=learner.anchor,
+            projection=learner.projection,
+        ),
     )
 
 

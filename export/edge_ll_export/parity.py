@@ -6,12 +6,13 @@ torch's side is independent of the graphs: autograd and ``torch.optim`` on the m
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edge_ll.bundle import RECIPE, Bundle
 from edge_ll.engine import MASKED, Batch, Engine
@@ -23,33 +24,56 @@ from edge_ll_export.models import build_tail
 from edge_ll_export.recipe import Recipe
 from edge_ll_export.tail_loss import TailLoss, flatten_theta
 
-STEPS = 10
+STEPS = 100
 TOLERANCE = 1e-4
 MOVEMENT_SHARE = 5e-4
+_PROJECT_EVERY = 3  # steps, where the bundle can project
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """How far two tensors are apart at worst.
+
+    Attributes:
+        absolute: Largest difference; infinite where a value is not finite.
+        relative: The same, as a share of the largest expected value.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    def __or__(self, other: Gap) -> Gap:
+        """The worse of two."""
+        return Gap(
+            max(self.absolute, other.absolute),
+            max(self.relative, other.relative),
+        )
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
-    """Worst absolute differences between torch and one engine.
+    """Worst differences between torch and one engine.
 
-    ``theta_allowed`` is a small share of how far the steps moved θ: with a low learning rate, a
-    wrong constant in the optimizer would hide below any fixed tolerance.
+    ``gradients`` is the worst of all parameters, each beside its own largest value, over several
+    batches. ``theta_allowed`` is a small share of how far the steps moved θ: with a low learning
+    rate, a wrong constant in the optimizer would hide below any fixed tolerance.
     """
 
     engine: str
     runtime: str
-    logits: float
-    losses: float
-    theta: float
+    provider: str
+    logits: Gap
+    losses: Gap
+    gradients: Gap
+    theta: Gap
     steps: int
     theta_allowed: float = TOLERANCE
 
     @property
     def ok(self) -> bool:
         """Whether every difference is within the tolerance; NaN never is."""
+        fixed = (self.logits, self.losses, self.gradients)
         return (
-            self.logits <= TOLERANCE
-            and self.losses <= TOLERANCE
-            and self.theta <= self.theta_allowed
+            all(min(gap.absolute, gap.relative) <= TOLERANCE for gap in fixed)
+            and self.theta.absolute <= self.theta_allowed
         )
 
 
@@ -76,29 +100,45 @@ def tail_of(bundle: Bundle) -> nn.Module:
 
 
 def check_parity(
-    bundle: Bundle, engine: EngineName, tail: nn.Module, *, steps: int = STEPS
+    bundle: Bundle,
+    engine: EngineName,
+    tail: nn.Module,
+    *,
+    steps: int = STEPS,
+    providers: tuple[str, ...] = ("cpu",),
 ) -> Parity:
     """Run torch and one engine side by side from the bundle's θ.
 
     Raises:
         EngineError: The engine cannot run here.
     """
-    opened = open_engine(bundle, engine)
+    opened = open_engine(bundle, engine, providers=providers)
     manifest = bundle.manifest
     rng = np.random.default_rng(0)
     batches = [_batch(manifest, rng, n=1 + 7 * (i % 3)) for i in range(steps)]
-    tail = copy.deepcopy(tail)
-    with torch.no_grad():
-        expected = tail(torch.from_numpy(batches[-1].latents)).numpy()
-    logits = _gap(opened.logits(batches[-1].latents), expected)
-    losses = _train_both(opened, tail, batches, manifest.learner)
+    reference = _TorchTail(copy.deepcopy(tail), manifest.learner)
+    if manifest.learner.loss.anchor:
+        size = manifest.theta_size
+        centre = bundle.theta() + 0.1 * rng.standard_normal(size).astype(np.float32)
+        weight = np.full(size, 0.1, np.float32) * rng.random(size).astype(np.float32)
+        opened.set_anchor(centre, weight)
+        reference.set_anchor(centre, weight)
+    logits = _gap(opened.logits(batches[-1].latents), reference.logits(batches[-1]))
+    gradients = Gap()
+    for batch in batches[:3]:
+        for got, expected in _by_parameter(manifest, opened, reference, batch):
+            gradients |= _gap(got, expected)
+    losses = _train_both(opened, reference, batches, manifest)
+    moved = _gap(opened.theta, bundle.theta()).absolute
     return Parity(
         engine=opened.info.name,
         runtime=opened.info.runtime,
+        provider=opened.info.provider,
         logits=logits,
         losses=losses,
-        theta=_gap(opened.theta, flatten_theta(tail).numpy()),
-        theta_allowed=min(TOLERANCE, 1e-6 + MOVEMENT_SHARE * _gap(opened.theta, bundle.theta())),
+        gradients=gradients,
+        theta=_gap(opened.theta, reference.theta),
+        theta_allowed=min(TOLERANCE, 1e-6 + MOVEMENT_SHARE * moved),
         steps=steps,
     )
 
@@ -110,42 +150,104 @@ def require_parity(parity: Parity) -> None:
         ExportError: By how much, and where.
     """
     if not parity.ok:
+        gaps = ", ".join(
+            f"{name} {getattr(parity, name).absolute:.2e}"
+            for name in ("logits", "losses", "gradients")
+        )
         raise ExportError(
-            f"{parity.engine} on {parity.runtime} differs from torch: logits {parity.logits:.2e}, "
-            f"losses {parity.losses:.2e} (allowed {TOLERANCE:.0e}), θ after {parity.steps} steps "
-            f"{parity.theta:.2e} (allowed {parity.theta_allowed:.1e})"
+            f"{parity.engine} on {parity.runtime} differs from torch: {gaps} (allowed "
+            f"{TOLERANCE:.0e}), θ after {parity.steps} steps {parity.theta.absolute:.2e} (allowed "
+            f"{parity.theta_allowed:.1e})"
         )
 
 
-def _train_both(
-    engine: Engine, tail: nn.Module, batches: list[Batch], learner: LearnerDefaults
-) -> float:
-    """The worst difference between the losses of all steps."""
-    module = TailLoss(tail)
-    optimizer: torch.optim.Optimizer
+class _TorchTail:
+    """What an engine does, by autograd and ``torch.optim``."""
+
+    def __init__(self, tail: nn.Module, learner: LearnerDefaults) -> None:
+        self._tail = tail
+        self._module = TailLoss(tail, learner.loss)
+        self._clip = learner.clip_norm
+        self._optimizer = _optimizer(tail, learner)
+        self._anchor: list[Tensor] = []
+
+    @property
+    def theta(self) -> Any:
+        return flatten_theta(self._tail).numpy()
+
+    def set_anchor(self, centre: Any, weight: Any) -> None:
+        self._anchor = [torch.from_numpy(centre), torch.from_numpy(weight)]
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Any:
+        return self._tail(torch.from_numpy(batch.latents)).numpy()
+
+    def gradient(self, batch: Batch) -> Any:
+        return self._backward(batch, self._anchor)[1].numpy()
+
+    def step(self, batch: Batch, reference: Batch | None) -> float:
+        loss, gradient = self._backward(batch, self._anchor)
+        if reference is not None:
+            # A-GEM projects the gradients of the data; what holds θ is added after.
+            plain = self._backward(batch, self._off)[1]
+            against = self._backward(reference, self._off)[1]
+            share = torch.clamp_max(plain @ against, 0.0) / (against @ against)
+            gradient = gradient - share * against
+        parts = torch.split(gradient, [p.numel() for p in self._tail.parameters()])
+        for parameter, part in zip(self._tail.parameters(), parts, strict=True):
+            parameter.grad = part.reshape(parameter.shape).clone()
+        nn.utils.clip_grad_norm_(self._tail.parameters(), self._clip)
+        self._optimizer.step()
+        return loss
+
+    @property
+    def _off(self) -> list[Tensor]:
+        return [torch.zeros_like(part) for part in self._anchor]
+
+    def _backward(self, batch: Batch, anchor: list[Tensor]) -> tuple[float, Tensor]:
+        inputs = [*(torch.from_numpy(part) for part in batch), *anchor]
+        loss = self._module(*inputs)[0]
+        parts = torch.autograd.grad(loss, list(self._tail.parameters()))
+        return loss.item(), torch.cat([part.reshape(-1) for part in parts])
+
+
+def _optimizer(tail: nn.Module, learner: LearnerDefaults) -> torch.optim.Optimizer:
     if learner.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             tail.parameters(),
             lr=learner.learning_rate,
             betas=(BETA1, BETA2),
             eps=EPSILON,
             weight_decay=learner.weight_decay,
         )
-    else:
-        optimizer = torch.optim.SGD(
-            tail.parameters(),
-            lr=learner.learning_rate,
-            momentum=learner.momentum,
-            weight_decay=learner.weight_decay,
-        )
-    worst = 0.0
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = module(*(torch.from_numpy(part) for part in batch))[0]
-        loss.backward()
-        nn.utils.clip_grad_norm_(tail.parameters(), learner.clip_norm)
-        optimizer.step()
-        worst = max(worst, _gap(engine.step(batch), loss.item()))
+    return torch.optim.SGD(
+        tail.parameters(),
+        lr=learner.learning_rate,
+        momentum=learner.momentum,
+        weight_decay=learner.weight_decay,
+    )
+
+
+def _by_parameter(
+    manifest: Manifest, engine: Engine, reference: _TorchTail, batch: Batch
+) -> Iterator[tuple[Any, Any]]:
+    """The gradients of one batch by engine and torch, parameter by parameter."""
+    got, expected = engine.gradient(batch), reference.gradient(batch)
+    for entry in manifest.theta:
+        part = slice(entry.offset, entry.offset + entry.size)
+        yield got[part], expected[part]
+
+
+def _train_both(
+    engine: Engine, torch_tail: _TorchTail, batches: list[Batch], manifest: Manifest
+) -> Gap:
+    """The worst difference between the losses of all steps."""
+    worst = Gap()
+    for i, batch in enumerate(batches):
+        projects = manifest.learner.loss.projection and i % _PROJECT_EVERY == 0
+        reference = batches[i - 1] if projects else None
+        expected = torch_tail.step(batch, reference)
+        worst |= _gap(engine.step(batch, reference), expected)
     return worst
 
 
@@ -155,17 +257,22 @@ def _batch(manifest: Manifest, rng: np.random.Generator, *, n: int) -> Batch:
     labels = rng.integers(0, classes - 1, n)
     mask = np.zeros((n, classes), np.float32)
     mask[:, -1] = MASKED
+    target = rng.standard_normal((n, classes)).astype(np.float32)
+    if manifest.learner.loss.target == "kl":
+        target[:, -1] = MASKED
     return Batch(
         latents=rng.standard_normal((n, *manifest.latent.shape)).astype(np.float32),
         labels=labels.astype(np.int64),
         ce_weight=rng.random(n).astype(np.float32),
         class_mask=mask,
-        target_logits=rng.standard_normal((n, classes)).astype(np.float32),
+        target_logits=target,
         target_weight=rng.random(n).astype(np.float32),
     )
 
 
-def _gap(got: Any, expected: Any) -> float:
-    """Worst absolute difference; infinite where a value is not finite."""
+def _gap(got: Any, expected: Any) -> Gap:
     worst = float(np.abs(got - expected).max())
-    return worst if np.isfinite(worst) else float("inf")
+    if not np.isfinite(worst):
+        return Gap(float("inf"), float("inf"))
+    largest = float(np.abs(expected).max())
+    return Gap(worst, worst / largest if largest else worst)

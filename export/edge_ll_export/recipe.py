@@ -23,7 +23,7 @@ NonNegative = Annotated[float, Meta(ge=0.0)]
 # Plain literals, not Annotated: so a misspelt choice is answered with the nearest one.
 DatasetName = Literal["digits", "fsdd"]
 BackboneKind = Literal["conv", "dscnn"]
-TailKind = Literal["linear", "mlp", "pointwise"]
+TailKind = Literal["linear", "mlp", "pointwise", "separable", "transformer"]
 
 
 class Classes(Section, frozen=True, kw_only=True):
@@ -144,7 +144,8 @@ class Tail(Section, frozen=True, kw_only=True):
     """The part of the student that devices train.
 
     ``linear`` and ``mlp`` see the flat latent; ``pointwise`` mixes the channels at each position
-    and then takes the mean over positions.
+    and ``separable`` looks at neighbours as well, then both take the mean over positions;
+    ``transformer`` attends over the tokens of a text.
     """
 
     kind: TailKind
@@ -156,6 +157,11 @@ class Tail(Section, frozen=True, kw_only=True):
                 f"hidden: a {self.kind} tail "
                 + ("has no hidden layers" if self.kind == "linear" else "needs hidden layers")
                 + f", got {list(self.hidden)}"
+            )
+        if self.kind == "transformer" and (len(self.hidden) != 2 or self.hidden[0] % 4):
+            raise ValueError(
+                "hidden: a transformer tail needs its width, a multiple of 4, and the width of its "
+                f"inner layer, got {list(self.hidden)}"
             )
 
 
@@ -192,6 +198,10 @@ class Learner(Section, frozen=True, kw_only=True):
         1 << 20
     )
     latent_dtype: Literal["int8"] = "int8"
+    target: Literal["mse", "kl"] = "mse"
+    temperature: Annotated[Positive, Meta(description="Of kl: softens both distributions")] = 2.0
+    anchor: Annotated[bool, Meta(description="Room in the loss for EWC and L2-SP")] = False
+    projection: Annotated[bool, Meta(description="A second step graph, for A-GEM")] = False
 
 
 class Drift(Section, frozen=True, kw_only=True):

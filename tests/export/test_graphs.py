@@ -45,7 +45,7 @@ def test_a_tail_is_what_torch_computes(kind):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     rng = np.random.default_rng(0)
     for n in (1, 2, 7, 64):
-        latents = rng.standard_normal((n, *TAILS[kind][0])).astype(np.float32)
+        latents = rng.standard_normal((n, *TAILS[kind].latent)).astype(np.float32)
         (got,) = _run(data, ["logits"], latents=latents, theta=flatten_theta(tail).numpy())
         assert got.shape == (n, CAPACITY)
         assert np.abs(got - tail(torch.from_numpy(latents)).detach().numpy()).max() < 1e-5
@@ -59,7 +59,7 @@ def test_theta_is_an_input_and_not_baked_in(kind):
     with torch.no_grad():
         for parameter in tail.parameters():
             parameter.mul_(-0.5).add_(0.1)
-    latents = np.ones((2, *TAILS[kind][0]), np.float32)
+    latents = np.ones((2, *TAILS[kind].latent), np.float32)
     (got,) = _run(
         exported_tail(kind), ["logits"], latents=latents, theta=flatten_theta(tail).numpy()
     )
@@ -71,7 +71,7 @@ def test_the_handwritten_tail_is_the_exported_one():
 
     rng = np.random.default_rng(0)
     feeds = {
-        "latents": rng.standard_normal((5, *TAILS["linear"][0])).astype(np.float32),
+        "latents": rng.standard_normal((5, *TAILS["linear"].latent)).astype(np.float32),
         "theta": flatten_theta(torch_tail("linear")).numpy(),
     }
     (ours,) = _run(tail_graph(), ["logits"], **feeds)
