@@ -214,7 +214,8 @@ class Quantize(Section, frozen=True, kw_only=True):
 
     backbone: Literal["float32", "int8"] = "float32"
     max_accuracy_loss: Annotated[
-        Share, Meta(description="Loss on the base classes of the holdout beyond which float32")
+        Share,
+        Meta(description="Loss on the base classes of the holdout beyond which float32 is shipped"),
     ] = 0.01
     calibration_samples: Annotated[
         int, Meta(ge=16, description="Training samples that set the ranges of the activations")

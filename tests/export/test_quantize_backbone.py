@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
+from functools import cache
 
 import numpy as np
 import pytest
@@ -85,13 +86,19 @@ def _exported(module, x) -> bytes:
     return export_backbone(module.eval(), torch.from_numpy(x[:7]))
 
 
+@cache
+def _float32(name: str) -> bytes:
+    make, samples, _ = BACKBONES[name]
+    return _exported(make(), samples())
+
+
 @pytest.fixture(scope="module", params=BACKBONES)
 def graphs(request):
     """The float32 graph, the int8 graph, samples, and how many layers are int8."""
     from edge_ll_export.quantize_backbone import quantize_backbone
 
-    make, samples, layers = BACKBONES[request.param]
-    float32 = _exported(make(), samples())
+    _, samples, layers = BACKBONES[request.param]
+    float32 = _float32(request.param)
     return float32, quantize_backbone(float32, samples()), samples(), layers
 
 
@@ -156,7 +163,7 @@ def test_latents_are_close_to_float32(graphs):
 def test_feature_extraction_is_untouched():
     from edge_ll_export.quantize_backbone import feature_nodes, quantize_backbone
 
-    float32 = _exported(_dscnn(), _waves())
+    float32 = _float32("dscnn")
     before = onnx.load_from_string(float32)
     after = onnx.load_from_string(quantize_backbone(float32, _waves()))
     names = feature_nodes(before)
@@ -171,7 +178,7 @@ def test_feature_extraction_is_untouched():
 def test_a_graph_without_a_logarithm_has_no_feature_extraction():
     from edge_ll_export.quantize_backbone import feature_nodes
 
-    assert feature_nodes(onnx.load_from_string(_exported(_conv(), _images()))) == set()
+    assert feature_nodes(onnx.load_from_string(_float32("conv"))) == set()
 
 
 def test_the_same_input_gives_the_same_bytes_and_nothing_else(tmp_path, monkeypatch, capfd, graphs):
@@ -206,7 +213,7 @@ def test_too_few_calibration_samples_are_refused():
     from edge_ll_export.quantize_backbone import quantize_backbone
 
     with pytest.raises(ExportError, match="at least 16 calibration samples, got 3"):
-        quantize_backbone(_exported(_conv(), _images()), _images(3))
+        quantize_backbone(_float32("conv"), _images(3))
 
 
 def test_a_backbone_without_a_layer_to_quantise_is_refused():
@@ -220,7 +227,7 @@ def test_samples_of_another_shape_are_refused():
     from edge_ll_export.quantize_backbone import quantize_backbone
 
     with pytest.raises(ExportError, match="cannot be quantised"):
-        quantize_backbone(_exported(_conv(), _images()), _images()[:, :, :4])
+        quantize_backbone(_float32("conv"), _images()[:, :, :4])
 
 
 # The choice.
@@ -288,14 +295,29 @@ def trained():
     return trained
 
 
+@pytest.fixture(scope="module")
+def graphs_of(trained):
+    """The graphs of the trained student, exported once."""
+    from edge_ll_export import pack
+
+    shape, learner = trained.student.latent_shape, pack.learner_defaults(trained.recipe, (1,))
+    return {
+        "export_backbone": _exported(trained.student.backbone, trained.dataset.x),
+        "export_tail": pack.export_tail(trained.student.tail, shape),
+        "export_step_graph": pack.export_step_graph(trained.student.tail, shape, learner.optimizer),
+    }
+
+
 @pytest.fixture
-def export(tmp_path, monkeypatch):
+def export(tmp_path, monkeypatch, graphs_of):
     """Export with one engine; gives the bundle, and what was told."""
     from edge_ll_export import pack
 
     def run(trained):
         told = []
         monkeypatch.setattr(pack, "why_not", lambda _: "not wanted here")
+        for name, graph in graphs_of.items():
+            monkeypatch.setattr(pack, name, lambda *_, graph=graph: graph)
         bundle, _ = pack.export_bundle(trained, tmp_path / "b", SIGNER, on_stage=told.append)
         return bundle, told
 
@@ -308,7 +330,7 @@ def _anchors_are_those_of_the_shipped_backbone(bundle, trained) -> None:
     assert np.array_equal(quantizer.encode(latents), bundle.array("anchor_latents"))
 
 
-def test_an_int8_backbone_is_shipped_with_latents_of_its_own(export, trained):
+def test_an_int8_backbone_is_shipped_with_latents_of_its_own(export, trained, graphs_of):
     from edge_ll_export.precision import open_encoder
 
     asked = _recipe(trained, max_accuracy_loss=0.1)
@@ -319,7 +341,7 @@ def test_an_int8_backbone_is_shipped_with_latents_of_its_own(export, trained):
     assert any(item.data_type == onnx.TensorProto.INT8 for item in held)
     _anchors_are_those_of_the_shipped_backbone(bundle, trained)
     x = trained.dataset.x
-    float32 = open_encoder(_exported(trained.student.backbone, x))
+    float32 = open_encoder(graphs_of["export_backbone"])
     quantizer = LatentQuantizer.fit(float32(x[trained.split.train]))
     assert not np.array_equal(quantizer.scale, bundle.array("latent_scale"))
     metrics = manifest.provenance.metrics
@@ -331,7 +353,7 @@ def test_an_int8_backbone_is_shipped_with_latents_of_its_own(export, trained):
     assert any(line.startswith("backbone: int8 is kept") for line in told)
 
 
-def test_float32_is_shipped_where_int8_loses_too_much(export, trained, monkeypatch):
+def test_float32_is_shipped_where_int8_loses_too_much(export, trained, graphs_of, monkeypatch):
     from edge_ll_export import pack
 
     quantize = pack.quantize_backbone
@@ -340,7 +362,7 @@ def test_float32_is_shipped_where_int8_loses_too_much(export, trained, monkeypat
     asked = _recipe(trained, max_accuracy_loss=0.0)
     bundle, told = export(asked)
     assert bundle.manifest.backbone_precision == "float32"
-    assert bundle.read(BACKBONE) == _exported(trained.student.backbone, trained.dataset.x)
+    assert bundle.read(BACKBONE) == graphs_of["export_backbone"]
     _anchors_are_those_of_the_shipped_backbone(bundle, trained)
     assert bundle.manifest.provenance.metrics["backbone_int8_acc_change"] < 0
     (line,) = (line for line in told if line.startswith("backbone: "))
@@ -356,12 +378,14 @@ def test_float32_is_shipped_where_the_recipe_does_not_ask(export, trained):
 
 
 def test_a_training_split_too_small_to_calibrate_on_is_an_error(export, trained):
-    with pytest.raises(ExportError, match=r"calibration_samples: expected at most \d+, .* got 5000"):
+    with pytest.raises(
+        ExportError, match=r"calibration_samples: expected at most \d+, .* got 5000"
+    ):
         export(_recipe(trained, calibration_samples=5000))
 
 
 def test_a_holdout_without_base_classes_is_an_error(export, trained):
     y, split = trained.dataset.y, trained.split
     split = dataclasses.replace(split, holdout=split.holdout[y[split.holdout] > 1])
-    with pytest.raises(ExportError, match="raise split.holdout"):
+    with pytest.raises(ExportError, match=r"raise split\.holdout"):
         export(dataclasses.replace(_recipe(trained), split=split))
