@@ -19,13 +19,15 @@ from edge_ll.errors import BundleError
 FORMAT = 2
 """Version of the format; a device refuses a higher one.
 
-2: the step graph's ``hyper`` holds bias correction and decay already, and the loss has terms.
+2: the step graph's ``hyper`` holds bias correction and decay already, and the loss has terms. Later additions
+have a default that says what bundles without the field are: ``backbone_precision``.
 """
 
 OLDEST_FORMAT = 2
 """The oldest format that this version reads: a step graph of format 1 would be misled."""
 
 EngineName = Literal["step-graph", "ort-training"]
+BackbonePrecision = Literal["float32", "int8"]
 OptimizerName = Literal["adamw", "sgd"]
 
 Count = Annotated[int, Meta(ge=1)]
@@ -131,6 +133,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         base_classes: What the novelty reference covers: classes of the pre-training data.
         known_classes: What the tail can predict as it is shipped; devices add to them.
         theta: Layout of θ, without gaps.
+        backbone_precision: Of the arithmetic within the backbone; input and latents are the same.
         anchor_groups: Name -> classes, in the order in which they are taught: the columns of the
             accuracy matrix.
         arrays: ``anchor_latents`` int8, ``anchor_labels``, ``latent_scale``, ``latent_zero`` and
@@ -154,6 +157,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     arrays: dict[str, ArraySpec]
     files: dict[str, FileEntry]
     provenance: Provenance
+    backbone_precision: BackbonePrecision = "float32"
     unknown: dict[str, Any] = {}
 
     def __post_init__(self) -> None:

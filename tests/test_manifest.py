@@ -55,6 +55,7 @@ def plain_manifest() -> dict:
             "parent": DIGEST,
             "merged_from": ["a", "b"],
         },
+        "backbone_precision": "int8",
     }
 
 
@@ -85,11 +86,13 @@ def test_what_follows_from_the_fields():
 def test_optional_fields_have_defaults():
     raw = plain_manifest()
     del raw["learner"]["momentum"], raw["learner"]["loss"], raw["drift"]["tolerance"]
+    del raw["backbone_precision"]
     raw["provenance"] = {"recipe": "r", "created_at_s": 0}
     manifest = Manifest.decode(json.dumps(raw).encode())
     assert (manifest.learner.momentum, manifest.drift.tolerance) == (0.9, 0.0)
     assert manifest.learner.loss == LossTerms(target="mse", anchor=False, projection=False)
     assert manifest.provenance.parent is None
+    assert manifest.backbone_precision == "float32"
 
 
 LATER = [
@@ -169,6 +172,7 @@ BROKEN = [
     ("negative class", {"known_classes": [-1]}, ">= 0"),
     ("unlisted array file", {"files": {}}, "not listed: anchors.i8"),
     ("unknown engine", {"engines": ["torch"]}, "Invalid enum value 'torch'"),
+    ("unknown precision", {"backbone_precision": "int4"}, "Invalid enum value 'int4'"),
     ("version zero", {"version": 0}, ">= 1"),
     ("name with a slash", {"name": "../kws"}, "name"),
     ("empty name", {"name": ""}, "name"),
@@ -199,7 +203,10 @@ def test_broken_rules_are_refused(changes, expected):
         decode(**changes)
 
 
-@pytest.mark.parametrize("key", [key for key in plain_manifest() if key != "format"])
+OPTIONAL = {"format", "backbone_precision"}
+
+
+@pytest.mark.parametrize("key", [key for key in plain_manifest() if key not in OPTIONAL])
 def test_every_field_is_required(key):
     raw = plain_manifest()
     del raw[key]

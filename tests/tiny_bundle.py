@@ -53,7 +53,7 @@ LEARNER = LearnerDefaults(
 
 # Protobuf: field numbers are those of onnx.proto.
 
-_TYPES = {"float32": 1, "uint8": 2, "int16": 5, "int64": 7}
+_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7}
 
 
 def _varint(value: int) -> bytes:

@@ -12,6 +12,7 @@ from edge_ll.terminal import CHECK_FAILED, OK
 
 if TYPE_CHECKING:
     from edge_ll.bundle import Bundle
+    from edge_ll.manifest import Manifest
     from edge_ll_export.parity import Parity
 
 
@@ -134,6 +135,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "size": f"{bundle.size_bytes:,} bytes in {len(manifest.files)} files",
         "input": f"{manifest.input.dtype} {list(manifest.input.shape)}",
         "latent": f"{manifest.latent.dtype} {list(manifest.latent.shape)}",
+        "backbone": _backbone(manifest),
         "tail": f"{manifest.theta_size:,} parameters in {len(manifest.theta)} tensors",
         "labels": ", ".join(manifest.labels),
         "knows": ", ".join(manifest.labels[c] for c in manifest.known_classes),
@@ -145,6 +147,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, value in rows.items():
         print(f"{name:12} {value}")
     return 0
+
+
+def _backbone(manifest: Manifest) -> str:
+    """The shipped precision, and what int8 cost and gained where it was tried."""
+    figures = manifest.provenance.metrics
+    if "backbone_int8_acc_change" not in figures:
+        return manifest.backbone_precision
+    tried = "" if manifest.backbone_precision == "int8" else "; int8 was tried and left out"
+    return (
+        f"{manifest.backbone_precision}{tried}: int8 changes the accuracy by "
+        f"{figures['backbone_int8_acc_change']:+.4f} on {figures['backbone_int8_acc_n']:.0f} "
+        f"samples, is {figures['backbone_int8_speedup']:.2f} times as fast at batch 1"
+    )
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -164,7 +179,11 @@ def _print_parities(bundle: Bundle, parities: list[Parity], arguments: argparse.
     ok = all(parity.ok for parity in parities)
     if arguments.json:
         plain = [msgspec.to_builtins(parity) | {"ok": parity.ok} for parity in parities]
-        print(json.dumps({"digest": bundle.digest, "ok": ok, "engines": plain}))
+        precision = bundle.manifest.backbone_precision
+        print(json.dumps({
+            "digest": bundle.digest, "ok": ok, "engines": plain, "backbone_precision": precision,
+            "metrics": bundle.manifest.provenance.metrics,
+        }))  # fmt: skip
     else:
         print(f"{bundle.manifest.name} {bundle.manifest.version}: {bundle.size_bytes:,} bytes, "
               f"signed by {bundle.key_id}, all hashes match")  # fmt: skip

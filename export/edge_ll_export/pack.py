@@ -16,7 +16,6 @@ import torch
 
 from edge_ll import __version__
 from edge_ll.bundle import BACKBONE, RECIPE, TAIL, THETA, Bundle, write_bundle
-from edge_ll.engine.load import open_engine
 from edge_ll.errors import ExportError
 from edge_ll.manifest import (
     ArraySpec,
@@ -35,6 +34,8 @@ from edge_ll_export.graphs import export_backbone, export_tail
 from edge_ll_export.ort_artifacts import export_ort_artifacts, why_not
 from edge_ll_export.parity import TOLERANCE, Parity, check_parity, require_parity
 from edge_ll_export.pipeline import Trained
+from edge_ll_export.precision import Encoder, PrecisionReport, compare_precisions, open_encoder
+from edge_ll_export.quantize_backbone import quantize_backbone
 from edge_ll_export.recipe import Recipe
 from edge_ll_export.step_graph import export_step_graphs
 from edge_ll_export.tail_loss import flatten_theta, theta_layout
@@ -77,13 +78,22 @@ def export_bundle(
     shape = student.latent_shape
     told("backbone")
     example = torch.from_numpy(trained.dataset.x[trained.split.train[:_EXAMPLE]])
+    backbone = export_backbone(student.backbone, example)
+    _check_backbone(open_encoder(backbone), trained)
+    theta = flatten_theta(student.tail).numpy().astype("<f4")
+    told("inference graph")
+    tail = export_tail(student.tail, shape)
+    report = None
+    if recipe.quantize.backbone == "int8":
+        told("int8 backbone")
+        backbone, report = _with_int8(trained, backbone, (tail, theta))
+        told(report.text)
     files = {
-        BACKBONE: export_backbone(student.backbone, example),
-        THETA: flatten_theta(student.tail).numpy().astype("<f4").tobytes(),
+        BACKBONE: backbone,
+        TAIL: tail,
+        THETA: theta.tobytes(),
         RECIPE: msgspec.json.encode(recipe),
     }
-    told("inference graph")
-    files[TAIL] = export_tail(student.tail, shape)
     told("step graph")
     files |= export_step_graphs(student.tail, shape, learner)
     engines: tuple[EngineName, ...] = ("step-graph",)
@@ -92,16 +102,15 @@ def export_bundle(
         files |= export_ort_artifacts(student.tail, shape, learner)
         engines = ("step-graph", "ort-training")
     told("reference statistics")
-    arrays = _arrays(trained)
+    arrays = _arrays(trained, open_encoder(backbone))
     files |= {f"arrays/{name}": _raw(array) for name, array in arrays.items()}
-    manifest = _manifest(trained, learner, engines, arrays, version)
+    manifest = _manifest(trained, learner, engines, arrays, version, report)
     staged = path.with_name(path.name + ".unchecked")
     trust = TrustStore([signer.public_key])
     try:
         write_bundle(staged, manifest, files, signer)
         told("parity with torch")
         bundle = Bundle.open(staged, trust)
-        _check_backbone(bundle, trained)
         parities = [check_parity(bundle, engine, student.tail) for engine in engines]
         for parity in parities:
             require_parity(parity)
@@ -134,23 +143,61 @@ def learner_defaults(recipe: Recipe, latent_shape: tuple[int, ...]) -> LearnerDe
     )
 
 
-def _arrays(trained: Trained) -> Arrays:
-    """Everything numeric that the device gets beside the graphs."""
-    recipe, split, y = trained.recipe, trained.split, trained.dataset.y
-    train = _latents(trained, split.train)
+def _with_int8(
+    trained: Trained, float32: bytes, tail: tuple[bytes, npt.NDArray[np.float32]]
+) -> tuple[bytes, PrecisionReport]:
+    """The backbone to ship, int8 if that loses no more than the recipe allows, and the figures.
+
+    Calibrated on training samples that the seed chooses, measured on the holdout's base classes.
+    """
+    recipe, split, x, y = trained.recipe, trained.split, trained.dataset.x, trained.dataset.y
+    wanted = recipe.quantize.calibration_samples
+    if len(split.train) < wanted:
+        raise ExportError(
+            f"quantize.calibration_samples: expected at most {len(split.train)}, the size of the "
+            f"training split, got {wanted}"
+        )
+    held = split.holdout[np.isin(y[split.holdout], recipe.classes.base)]
+    if not len(held):
+        raise ExportError(
+            "quantize.backbone: the holdout has no sample of a base class to measure int8 on; "
+            "raise split.holdout"
+        )
+    chosen = np.random.default_rng(recipe.seed).permutation(split.train)[:wanted]
+    int8 = quantize_backbone(float32, x[np.sort(chosen)])
+    report = compare_precisions(
+        float32,
+        int8,
+        tail=tail,
+        x=x[held],
+        y=y[held],
+        classes=recipe.classes.base,
+        max_accuracy_loss=recipe.quantize.max_accuracy_loss,
+    )
+    return (int8 if report.keeps_int8 else float32), report
+
+
+def _arrays(trained: Trained, encode: Encoder) -> Arrays:
+    """Everything numeric that the device gets beside the graphs.
+
+    Latents are those of the shipped backbone, whatever its precision: the device compares its own
+    with them.
+    """
+    recipe, split, x, y = trained.recipe, trained.split, trained.dataset.x, trained.dataset.y
+    train = encode(x[split.train])
     quantizer = LatentQuantizer.fit(train)
     unseen = np.concatenate([split.holdout, split.anchors])
     unseen = unseen[np.isin(y[unseen], recipe.classes.base)]
     novelty = fit_novelty(
-        train, y[split.train], _latents(trained, unseen), directions=recipe.drift.components
+        train, y[split.train], encode(x[unseen]), directions=recipe.drift.components
     )
     exemplars = _exemplars(trained)
     return {
         "latent_scale": quantizer.scale,
         "latent_zero": quantizer.zero,
-        "anchor_latents": quantizer.encode(_latents(trained, split.anchors)),
+        "anchor_latents": quantizer.encode(encode(x[split.anchors])),
         "anchor_labels": y[split.anchors],
-        "exemplar_latents": quantizer.encode(_latents(trained, exemplars)),
+        "exemplar_latents": quantizer.encode(encode(x[exemplars])),
         "exemplar_labels": y[exemplars],
         **{f"novelty_{field}": array for field, array in novelty._asdict().items()},
     }
@@ -167,22 +214,13 @@ def _exemplars(trained: Trained) -> npt.NDArray[np.int64]:
     return rng.permutation(np.concatenate(chosen))
 
 
-def _latents(trained: Trained, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    x = trained.dataset.x[rows]
-    with torch.inference_mode():
-        parts = [
-            trained.student.backbone(torch.from_numpy(x[at : at + _ENCODE_BATCH])).numpy()
-            for at in range(0, len(x), _ENCODE_BATCH)
-        ]
-    return np.concatenate(parts)
-
-
 def _manifest(
     trained: Trained,
     learner: LearnerDefaults,
     engines: tuple[EngineName, ...],
     arrays: Arrays,
     version: int,
+    report: PrecisionReport | None,
 ) -> Manifest:
     recipe, spec = trained.recipe, trained.dataset.spec
     groups = {"base": recipe.classes.base} | {
@@ -224,17 +262,20 @@ def _manifest(
                 "teacher_acc": metrics.teacher_acc,
                 "student_acc": metrics.student_acc,
                 "student_acc_without_teacher": metrics.student_acc_without_teacher,
+                **(report.metrics if report else {}),
             },
         ),
+        backbone_precision="int8" if report and report.keeps_int8 else "float32",
     )
 
 
-def _check_backbone(bundle: Bundle, trained: Trained) -> None:
-    """The exported backbone must give torch's latents on real samples."""
-    rows = trained.split.anchors
-    got = open_engine(bundle).latents(trained.dataset.x[rows])
-    expected = _latents(trained, rows)
-    worst = float(np.abs(got - expected).max())
+def _check_backbone(encode: Encoder, trained: Trained) -> None:
+    """The exported backbone, float32 still, must give torch's latents on real samples."""
+    x = trained.dataset.x[trained.split.anchors]
+    with torch.inference_mode():
+        parts = torch.split(torch.from_numpy(x), _ENCODE_BATCH)
+        expected = torch.cat([trained.student.backbone(part) for part in parts]).numpy()
+    worst = float(np.abs(encode(x) - expected).max())
     scale = max(1.0, float(np.abs(expected).max()))
     if not worst <= TOLERANCE * scale:
         raise ExportError(

@@ -219,6 +219,19 @@ class Drift(Section, frozen=True, kw_only=True):
     ] = 32
 
 
+class Quantize(Section, frozen=True, kw_only=True):
+    """Precision of the shipped backbone; int8 gives way to float32 where it loses too much."""
+
+    backbone: Literal["float32", "int8"] = "float32"
+    max_accuracy_loss: Annotated[
+        Share,
+        Meta(description="Loss on the base classes of the holdout beyond which float32 is shipped"),
+    ] = 0.01
+    calibration_samples: Annotated[
+        int, Meta(ge=16, description="Training samples that set the ranges of the activations")
+    ] = 200
+
+
 class Gate(Section, frozen=True, kw_only=True):
     """What merged weights must meet on the holdout before they are signed."""
 
@@ -245,6 +258,7 @@ class Recipe(Section, frozen=True, kw_only=True):
     augment: Augment = Augment()
     drift: Drift = Drift()
     gate: Gate = Gate()
+    quantize: Quantize = Quantize()
 
     def __post_init__(self) -> None:
         fitting = {"digits": "conv", "fsdd": "dscnn"}[self.dataset]

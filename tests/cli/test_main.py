@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from edge_ll.cli.main import main, parser
+from edge_ll.manifest import Provenance
 from edge_ll.trust import Signer
+from tests.tiny_bundle import SIGNER, write_tiny_bundle
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +50,30 @@ def test_inspect_without_a_bundle(tmp_path, capsys):
     key = ["--trust", str(tmp_path / "key.pub")]
     assert main(["inspect", str(tmp_path / "absent"), *key]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+INT8 = {
+    "backbone_int8_acc_change": -0.0125,
+    "backbone_int8_acc_n": 80.0,
+    "backbone_int8_speedup": 1.5,
+}
+FIGURES = "int8 changes the accuracy by -0.0125 on 80 samples, is 1.50 times as fast at batch 1"
+
+
+@pytest.mark.parametrize(
+    ("precision", "metrics", "row"),
+    [
+        ("float32", {}, "float32"),
+        ("int8", INT8, f"int8: {FIGURES}"),
+        ("float32", INT8, f"float32; int8 was tried and left out: {FIGURES}"),
+    ],
+)
+def test_inspect_tells_the_precision_of_the_backbone(tmp_path, capsys, precision, metrics, row):
+    provenance = Provenance(recipe="r", created_at_s=0.0, metrics=metrics)
+    write_tiny_bundle(tmp_path / "b", backbone_precision=precision, provenance=provenance)
+    (tmp_path / "key.pub").write_text(SIGNER.public_key.hex())
+    assert main(["inspect", str(tmp_path / "b"), "--trust", str(tmp_path / "key.pub")]) == 0
+    assert f"backbone     {row}\n" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
