@@ -30,7 +30,7 @@ from edge_ll.trust import SEAL_BYTES, Signer, TrustStore
 
 MANIFEST, SEAL, RECIPE = "manifest.json", "manifest.seal", "recipe.json"
 BACKBONE, TAIL, STEP, THETA = "backbone.onnx", "tail.onnx", "step.onnx", "theta.f32"
-ORT_TRAINING = "ort_training/"
+ORT_TRAINING, TOKENIZER = "ort_training/", "tokenizer.json"
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30

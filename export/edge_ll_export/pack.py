@@ -15,7 +15,16 @@ import onnx
 import torch
 
 from edge_ll import __version__
-from edge_ll.bundle import BACKBONE, RECIPE, STEP, TAIL, THETA, Bundle, write_bundle
+from edge_ll.bundle import (
+    BACKBONE,
+    RECIPE,
+    STEP,
+    TAIL,
+    THETA,
+    TOKENIZER,
+    Bundle,
+    write_bundle,
+)
 from edge_ll.engine.load import open_engine
 from edge_ll.errors import ExportError
 from edge_ll.manifest import (
@@ -26,10 +35,12 @@ from edge_ll.manifest import (
     Manifest,
     Provenance,
     TensorSpec,
+    TokenizerSpec,
 )
 from edge_ll.novelty import fit_novelty
 from edge_ll.quantize import LatentQuantizer
 from edge_ll.trust import Signer, TrustStore
+from edge_ll_export import pretrained
 from edge_ll_export.graphs import export_backbone, export_tail
 from edge_ll_export.ort_artifacts import export_ort_artifacts, why_not
 from edge_ll_export.parity import TOLERANCE, Parity, check_parity, require_parity
@@ -41,7 +52,6 @@ from edge_ll_export.tail_loss import flatten_theta, theta_layout
 Arrays = dict[str, npt.NDArray[np.generic]]
 OnStage = Callable[[str], None]
 
-_ENCODE_BATCH = 256
 _EXAMPLE = 7  # samples to trace the backbone with; no axis of a model here has this size
 
 
@@ -81,6 +91,8 @@ def export_bundle(
         THETA: flatten_theta(student.tail).numpy().astype("<f4").tobytes(),
         RECIPE: msgspec.json.encode(recipe),
     }
+    if trained.dataset.spec.kind == "text":
+        files[TOKENIZER] = pretrained.minilm_file(pretrained.TOKENIZER)
     told("inference graph")
     files[TAIL] = export_tail(student.tail, shape)
     told("step graph")
@@ -161,13 +173,8 @@ def _exemplars(trained: Trained) -> npt.NDArray[np.int64]:
 
 
 def _latents(trained: Trained, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    x = trained.dataset.x[rows]
-    with torch.inference_mode():
-        parts = [
-            trained.student.backbone(torch.from_numpy(x[at : at + _ENCODE_BATCH])).numpy()
-            for at in range(0, len(x), _ENCODE_BATCH)
-        ]
-    return np.concatenate(parts)
+    x = torch.from_numpy(trained.dataset.x[rows])
+    return trained.student.backbone.encode(x).numpy()
 
 
 def _manifest(
@@ -218,6 +225,9 @@ def _manifest(
                 "student_acc": metrics.student_acc,
                 "student_acc_without_teacher": metrics.student_acc_without_teacher,
             },
+        ),
+        tokenizer=(
+            TokenizerSpec(file=TOKENIZER, max_length=spec.shape[0]) if spec.kind == "text" else None
         ),
     )
 
