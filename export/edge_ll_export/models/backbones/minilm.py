@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -97,7 +99,7 @@ class MiniLmBackbone(Backbone):
                 latents[rows, : part.shape[1]] = part
         return latents
 
-    def load_bert(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_bert(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Take the weights of a BERT checkpoint, by its names.
 
         Raises:
@@ -114,7 +116,7 @@ class MiniLmBackbone(Backbone):
             parts += [(f"layers.{i}.{a}", f"encoder.layer.{i}.{b}") for a, b in _LAYER]
         own = {name for name, _ in self.named_parameters()}
         state = {
-            f"{ours}.{kind}": tensors[f"{theirs}.{kind}"]
+            f"{ours}.{kind}": torch.from_numpy(tensors[f"{theirs}.{kind}"])
             for ours, theirs in parts
             for kind in ("weight", "bias")
             if f"{ours}.{kind}" in own
