@@ -212,6 +212,30 @@ def test_a_waveform_shorter_than_a_frame_is_refused():
         KINDS["dscnn1d"](spec=spec, **SIZES)
 
 
+@pytest.mark.parametrize("case", ["conv", "mobilenet", "resnet", "dscnn", "dscnn1d", "tcn", "mlp"])
+def test_the_teacher_of_each_kind_takes_the_same_raw_input(case):
+    from edge_ll_export.models import teacher
+
+    kind, name, _, _ = CASES[case]
+    spec = spec_of(name)
+    model = teacher.KINDS[kind](spec=spec, width=4, capacity=5).eval()
+    x = raw(spec, 3)
+    model.calibrate(x)
+    with torch.no_grad():
+        logits = model(x)
+        assert logits.shape == (3, 5)
+        assert torch.allclose(model(x[:1]), logits[:1], atol=1e-5)
+
+
+def test_a_teacher_brings_large_images_down():
+    from edge_ll_export.models import teacher
+
+    spec = spec_of("image", shape=(3, 96, 130))
+    model = teacher.KINDS["resnet"](spec=spec, width=4, capacity=5)
+    assert model.backbone.blocks[0].stride == (3, 3)
+    assert model(raw(spec, 2)).shape == (2, 5)
+
+
 # Text.
 
 
