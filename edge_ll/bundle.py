@@ -31,7 +31,7 @@ from edge_ll.trust import SEAL_BYTES, Signer, TrustStore
 MANIFEST, SEAL, RECIPE = "manifest.json", "manifest.seal", "recipe.json"
 BACKBONE, TAIL, THETA = "backbone.onnx", "tail.onnx", "theta.f32"
 STEP, PROJECTED_STEP = "step.onnx", "step_projected.onnx"
-ORT_TRAINING = "ort_training/"
+ORT_TRAINING, TOKENIZER = "ort_training/", "tokenizer.json"
 
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30

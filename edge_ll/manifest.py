@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -19,8 +20,8 @@ from edge_ll.errors import BundleError
 FORMAT = 2
 """Version of the format; a device refuses a higher one.
 
-2: the step graph's ``hyper`` holds bias correction and decay already, and the loss has terms. Later additions
-have a default that says what bundles without the field are: ``backbone_precision``.
+2: the step graph's ``hyper`` holds bias correction and decay already, and the loss has terms. Later
+additions have a default: ``backbone_precision``, ``tokenizer``.
 """
 
 OLDEST_FORMAT = 2
@@ -46,6 +47,18 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True):
     def size(self) -> int:
         """Number of elements of one sample."""
         return math.prod(self.shape)
+
+
+class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How text becomes the backbone's input: ``max_length`` token ids int64, filled up with 0.
+
+    Attributes:
+        file: A ``tokenizer.json``.
+        max_length: Length of the input.
+    """
+
+    file: str
+    max_length: Count
 
 
 class ThetaEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +151,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             accuracy matrix.
         arrays: ``anchor_latents`` int8, ``anchor_labels``, ``latent_scale``, ``latent_zero`` and
             the fields of the novelty reference as ``novelty_*``.
+        tokenizer: Of a backbone that takes text.
         unknown: Fields of a later version, kept for writing.
     """
 
@@ -158,6 +172,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
     provenance: Provenance
     backbone_precision: BackbonePrecision = "float32"
+    tokenizer: TokenizerSpec | None = None
     unknown: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
@@ -169,6 +184,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         classes = {*self.base_classes, *self.known_classes}.union(*self.anchor_groups.values())
         if classes and max(classes) >= self.capacity:
             raise ValueError(f"class {max(classes)} is past the capacity {self.capacity}")
+        if self.tokenizer is not None:
+            given = TensorSpec(shape=(self.tokenizer.max_length,), dtype="int64")
+            if self.input != given:
+                raise ValueError(
+                    f"tokenizer: gives {given.dtype} {list(given.shape)}, but the input is "
+                    f"{self.input.dtype} {list(self.input.shape)}"
+                )
 
     @property
     def capacity(self) -> int:
@@ -217,11 +239,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         absent = sorted({spec.file for spec in manifest.arrays.values()} - set(manifest.files))
         if absent:
             raise BundleError(f"arrays name files that are not listed: {', '.join(absent)}")
+        if manifest.tokenizer and manifest.tokenizer.file not in manifest.files:
+            raise BundleError(f"tokenizer: {manifest.tokenizer.file} is not listed")
         return msgspec.structs.replace(manifest, unknown=_unknown(raw, cls))
 
 
 def _unknown(raw: Any, hint: Any) -> dict[Any, Any]:
     """What ``raw`` holds beyond the structs that ``hint`` names, at any depth."""
+    hint = _required(hint)
+    if raw is None:
+        return {}
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         hints = get_type_hints(hint)
         extra = {key: value for key, value in raw.items() if key not in hints}
@@ -237,6 +264,9 @@ def _unknown(raw: Any, hint: Any) -> dict[Any, Any]:
 
 def _overlay(extra: Mapping[Any, Any], known: Any, hint: Any) -> Any:
     """``known`` with ``extra`` put back; what belonged to an entry that is gone, goes."""
+    hint = _required(hint)
+    if known is None:
+        return None
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         hints = get_type_hints(hint)
         merged = dict(known)
@@ -247,3 +277,9 @@ def _overlay(extra: Mapping[Any, Any], known: Any, hint: Any) -> Any:
     if get_origin(hint) is dict:
         return {k: _overlay(extra[k], v, inner) if k in extra else v for k, v in known.items()}
     return [_overlay(extra[i], v, inner) if i in extra else v for i, v in enumerate(known)]
+
+
+def _required(hint: Any) -> Any:
+    """``X`` for the hint ``X | None``."""
+    inner = [item for item in get_args(hint) if item is not NoneType]
+    return inner[0] if len(inner) == 1 and NoneType in get_args(hint) else hint

@@ -20,7 +20,7 @@ def plain_manifest() -> dict:
         "format": FORMAT,
         "name": "kws",
         "version": 3,
-        "input": {"shape": [16000], "dtype": "float32"},
+        "input": {"shape": [32], "dtype": "int64"},
         "latent": {"shape": [4, 2], "dtype": "float32"},
         "labels": ["yes", "no", "free"],
         "base_classes": [0],
@@ -56,6 +56,7 @@ def plain_manifest() -> dict:
             "merged_from": ["a", "b"],
         },
         "backbone_precision": "int8",
+        "tokenizer": {"file": "anchors.i8", "max_length": 32},
     }
 
 
@@ -79,26 +80,30 @@ def test_what_follows_from_the_fields():
     assert manifest.capacity == 3
     assert manifest.theta_size == 28
     assert [entry.size for entry in manifest.theta] == [24, 3, 1]
-    assert manifest.input.size == 16000
+    assert manifest.input.size == 32
     assert manifest.latent.size == 8
 
 
 def test_optional_fields_have_defaults():
     raw = plain_manifest()
     del raw["learner"]["momentum"], raw["learner"]["loss"], raw["drift"]["tolerance"]
-    del raw["backbone_precision"]
+    del raw["backbone_precision"], raw["tokenizer"]
     raw["provenance"] = {"recipe": "r", "created_at_s": 0}
     manifest = Manifest.decode(json.dumps(raw).encode())
     assert (manifest.learner.momentum, manifest.drift.tolerance) == (0.9, 0.0)
     assert manifest.learner.loss == LossTerms(target="mse", anchor=False, projection=False)
     assert manifest.provenance.parent is None
     assert manifest.backbone_precision == "float32"
+    assert manifest.tokenizer is None
+    assert Manifest.decode(manifest.encode()) == manifest
 
 
 LATER = [
     ("at the top", {"later": {"deep": [1, None]}, "null": None}, ("later",)),
     ("in a table", merged("learner", later=[1, 2]), ("learner", "later")),
     ("in several", merged("drift", later=1) | merged("provenance", later="x"), ("drift", "later")),
+    ("in an optional table", {"tokenizer": {"file": "anchors.i8", "max_length": 32, "later": 1}},
+     ("tokenizer", "later")),
     ("in a list", {"theta": [{"name": "w", "offset": 0, "shape": [2], "later": 1}]},
      ("theta", 0, "later")),
     ("in a named table",
@@ -192,6 +197,12 @@ BROKEN = [
     ("temperature of zero", merged("learner", loss={"temperature": 0}), "temperature"),
     ("run length of one", merged("drift", average_run_length=1), "average_run_length"),
     ("no labels", {"labels": None}, "labels"),
+    ("tokenizer of another length",
+     merged("tokenizer", max_length=16), r"gives int64 \[16\], but the input is int64 \[32\]"),
+    ("tokenizer for waveforms",
+     {"input": {"shape": [32], "dtype": "int16"}}, r"but the input is int16 \[32\]"),
+    ("unlisted tokenizer", merged("tokenizer", file="absent.json"), "absent.json is not listed"),
+    ("tokenizer without a file", {"tokenizer": {"max_length": 32}}, "file"),
 ]  # fmt: skip
 
 
@@ -203,7 +214,7 @@ def test_broken_rules_are_refused(changes, expected):
         decode(**changes)
 
 
-OPTIONAL = {"format", "backbone_precision"}
+OPTIONAL = {"format", "backbone_precision", "tokenizer"}
 
 
 @pytest.mark.parametrize("key", [key for key in plain_manifest() if key not in OPTIONAL])

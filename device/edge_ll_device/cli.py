@@ -17,6 +17,8 @@ from edge_ll import config
 from edge_ll.terminal import FAILED, OK, add_common, run_verb
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from edge_ll_device.student import Student
 
 
@@ -41,7 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     predict = _verb(verbs, "predict", "predict samples with a bundle", _predict,
                     "edge-ll-agent predict my.bundle --trust key.pub --input x.npy")  # fmt: skip
     _bundle_arguments(predict)
-    predict.add_argument("--input", type=Path, required=True, help=".npy file, [N, *input]")
+    samples = predict.add_mutually_exclusive_group(required=True)
+    samples.add_argument("--input", type=Path, help=".npy file, [N, *input]")
+    samples.add_argument(
+        "--text", action="append", help="a text, for a student that reads; may be repeated"
+    )
     learn = _verb(verbs, "learn", "learn a recorded stream, without a fleet", _learn,
                   "edge-ll-agent learn digits.bundle --trust key.pub --stream s.npz")  # fmt: skip
     _bundle_arguments(learn)
@@ -121,17 +127,13 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    import numpy as np
-
-    from edge_ll.errors import DataError
+    from edge_ll.tokenizer import bundle_tokenizer
 
     student = _student(arguments, replay=True)
-    try:
-        x = np.load(arguments.input, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{arguments.input}: expected an .npy array: {error}") from error
-    if not isinstance(x, np.ndarray) or not x.ndim:
-        raise DataError(f"{arguments.input}: expected one array of samples [N, *input]")
+    if arguments.text:
+        x = bundle_tokenizer(student.bundle)(arguments.text)
+    else:
+        x = _samples(arguments.input)
     for sample in x:
         student.learner.check(sample, None)
     classes, confidences = student.learner.predict(student.learner.encode(x))
@@ -146,6 +148,20 @@ def _predict(arguments: argparse.Namespace) -> int:
         for number, answer in enumerate(answers):
             print(f"{number:6}  {answer['label']:16} {answer['confidence']:.4f}")
     return OK
+
+
+def _samples(path: Path) -> npt.NDArray[Any]:
+    import numpy as np
+
+    from edge_ll.errors import DataError
+
+    try:
+        x = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected an .npy array: {error}") from error
+    if not isinstance(x, np.ndarray) or not x.ndim:
+        raise DataError(f"{path}: expected one array of samples [N, *input]")
+    return x
 
 
 def _learn(arguments: argparse.Namespace) -> int:

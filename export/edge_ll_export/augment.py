@@ -12,25 +12,27 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from edge_ll_export.data import InputSpec, input_spec
-from edge_ll_export.recipe import AudioAugment, ImageAugment, Recipe
+from edge_ll_export.recipe import AudioAugment, ImageAugment, Recipe, WindowAugment
 
 Augmentation = Callable[[Tensor, Generator], Tensor]
 
 
 def build_augmentation(recipe: Recipe) -> Augmentation:
     """The recipe's augmentation: raw batch and generator to a raw batch of the same kind."""
-    spec = input_spec(recipe)
-    if spec.sample_rate_hz:
-        audio = recipe.augment.audio
-        return lambda x, rng: augment_audio(x, audio, spec=spec, generator=rng)
-    image = recipe.augment.image
-    return lambda x, rng: augment_images(x, image, spec=spec, generator=rng)
+    spec, tables = input_spec(recipe), recipe.augment
+    if spec.kind == "waveform":
+        return lambda x, rng: augment_audio(x, tables.audio, spec=spec, generator=rng)
+    if spec.kind == "window":
+        return lambda x, rng: augment_windows(x, tables.window, generator=rng)
+    if spec.kind == "text":
+        return lambda x, _: x
+    return lambda x, rng: augment_images(x, tables.image, spec=spec, generator=rng)
 
 
 def augment_images(
     x: Tensor, table: ImageAugment, *, spec: InputSpec, generator: Generator
 ) -> Tensor:
-    """Rotate, scale and shift about the centre, then add noise; each image in its own way.
+    """Rotate, scale and shift about the centre, add noise, mirror; each image in its own way.
 
     Args:
         x: uint8 ``[N, C, H, W]``.
@@ -51,6 +53,9 @@ def augment_images(
     moved = F.grid_sample(x.to(torch.float32), grid, align_corners=False)
     level = (_uniform(count, generator).abs() * table.max_noise * spec.full_scale).view(-1, 1, 1, 1)
     noisy = moved + level * torch.randn(moved.shape, generator=generator)
+    if table.mirror:
+        turned = torch.rand(count, generator=generator).view(-1, 1, 1, 1) < 0.5
+        noisy = torch.where(turned, noisy.flip(3), noisy)
     return noisy.round().clamp(0, spec.full_scale).to(x.dtype)
 
 
@@ -79,6 +84,21 @@ def augment_audio(
     noisy = wave + level * torch.randn(wave.shape, generator=generator)
     limits = torch.iinfo(x.dtype)
     return noisy.round().clamp(limits.min, limits.max).to(x.dtype)
+
+
+def augment_windows(x: Tensor, table: WindowAugment, *, generator: Generator) -> Tensor:
+    """Multiply each window by a factor, then add noise; each window in its own way.
+
+    Args:
+        x: float32 ``[N, T, C]``.
+        table: The largest changes.
+        generator: Source of every draw.
+    """
+    count = len(x)
+    factor = (1 + _uniform(count, generator) * table.max_scale).view(-1, 1, 1)
+    level = (_uniform(count, generator).abs() * table.max_noise).view(-1, 1, 1)
+    deviation = x.std(dim=(0, 1))
+    return x * factor + level * deviation * torch.randn(x.shape, generator=generator)
 
 
 def _uniform(count: int, generator: Generator) -> Tensor:

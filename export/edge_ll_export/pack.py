@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from edge_ll import __version__
-from edge_ll.bundle import BACKBONE, RECIPE, TAIL, THETA, Bundle, write_bundle
+from edge_ll.bundle import BACKBONE, RECIPE, TAIL, THETA, TOKENIZER, Bundle, write_bundle
 from edge_ll.errors import ExportError
 from edge_ll.manifest import (
     ArraySpec,
@@ -26,10 +26,12 @@ from edge_ll.manifest import (
     Manifest,
     Provenance,
     TensorSpec,
+    TokenizerSpec,
 )
 from edge_ll.novelty import fit_novelty
 from edge_ll.quantize import LatentQuantizer
 from edge_ll.trust import Signer, TrustStore
+from edge_ll_export import pretrained
 from edge_ll_export.graphs import export_backbone, export_tail
 from edge_ll_export.ort_artifacts import export_ort_artifacts, why_not
 from edge_ll_export.parity import TOLERANCE, Parity, check_parity, require_parity
@@ -43,7 +45,6 @@ from edge_ll_export.tail_loss import flatten_theta, theta_layout
 Arrays = dict[str, npt.NDArray[np.generic]]
 OnStage = Callable[[str], None]
 
-_ENCODE_BATCH = 256
 _EXAMPLE = 7  # samples to trace the backbone with; no axis of a model here has this size
 
 
@@ -94,6 +95,8 @@ def export_bundle(
         THETA: theta.tobytes(),
         RECIPE: msgspec.json.encode(recipe),
     }
+    if trained.dataset.spec.kind == "text":
+        files[TOKENIZER] = pretrained.minilm_file(pretrained.TOKENIZER)
     told("step graph")
     files |= export_step_graphs(student.tail, shape, learner)
     engines: tuple[EngineName, ...] = ("step-graph",)
@@ -266,15 +269,16 @@ def _manifest(
             },
         ),
         backbone_precision="int8" if report and report.keeps_int8 else "float32",
+        tokenizer=(
+            TokenizerSpec(file=TOKENIZER, max_length=spec.shape[0]) if spec.kind == "text" else None
+        ),
     )
 
 
 def _check_backbone(encode: Encoder, trained: Trained) -> None:
     """The exported backbone, float32 still, must give torch's latents on real samples."""
     x = trained.dataset.x[trained.split.anchors]
-    with torch.inference_mode():
-        parts = torch.split(torch.from_numpy(x), _ENCODE_BATCH)
-        expected = torch.cat([trained.student.backbone(part) for part in parts]).numpy()
+    expected = trained.student.backbone.encode(torch.from_numpy(x)).numpy()
     worst = float(np.abs(encode(x) - expected).max())
     scale = max(1.0, float(np.abs(expected).max()))
     if not worst <= TOLERANCE * scale:

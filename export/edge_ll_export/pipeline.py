@@ -23,6 +23,8 @@ from edge_ll_export.data import Dataset, Split, load_dataset
 from edge_ll_export.distil import distil_student
 from edge_ll_export.fit import TrainingSet, accuracy, training_set
 from edge_ll_export.models import Student, build_student, build_teacher
+from edge_ll_export.models.backbones import Remembered
+from edge_ll_export.models.teacher import AnyTeacher, HeadTeacher
 from edge_ll_export.pretrain import pretrain_teacher
 from edge_ll_export.recipe import Recipe
 
@@ -66,6 +68,8 @@ def train(recipe: Recipe, *, on_progress: Progress | None = None) -> Trained:
     told = on_progress or (lambda *_: None)
 
     teacher = build_teacher(recipe)
+    students = {stage: build_student(recipe) for stage in ("student", "student without teacher")}
+    _remember(teacher, list(students.values()))
     teacher.calibrate(data.x)
     pretrain_teacher(
         teacher,
@@ -74,13 +78,11 @@ def train(recipe: Recipe, *, on_progress: Progress | None = None) -> Trained:
         seed=recipe.seed,
         on_epoch=lambda *at: told("teacher", *at),
     )
-    students = {}
-    for stage, guide in (("student", teacher), ("student without teacher", None)):
-        students[stage] = build_student(recipe)
-        students[stage].calibrate(data.x)
+    for stage, student in students.items():
+        student.calibrate(data.x)
         distil_student(
-            guide,
-            students[stage],
+            teacher if stage == "student" else None,
+            student,
             data,
             fitting=recipe.student.fit,
             distil=recipe.distil,
@@ -95,7 +97,21 @@ def train(recipe: Recipe, *, on_progress: Progress | None = None) -> Trained:
         ),
         train_seconds=time.perf_counter() - started,
     )
-    return Trained(recipe, dataset, split, students["student"].eval(), metrics)
+    student = students["student"]
+    if isinstance(student.backbone, Remembered):
+        student.backbone = student.backbone.backbone
+    return Trained(recipe, dataset, split, student.eval(), metrics)
+
+
+def _remember(teacher: AnyTeacher, students: list[Student]) -> None:
+    """Where backbones are frozen: encode each sample once for the teacher, once for students."""
+    if isinstance(teacher, HeadTeacher) and teacher.backbone.frozen:
+        teacher.backbone = Remembered(teacher.backbone)
+    shared = students[0].backbone
+    if shared.frozen:
+        remembered = Remembered(shared)
+        for student in students:
+            student.backbone = remembered
 
 
 def _base_accuracy(

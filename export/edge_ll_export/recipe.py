@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import Meta
+from msgspec.structs import fields
 
 from edge_ll.config import Section
+from edge_ll_export.data.dataset import InputKind
 
 Count = Annotated[int, Meta(ge=1)]
 ClassId = Annotated[int, Meta(ge=0)]
@@ -21,9 +23,41 @@ Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Meta(gt=0.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 # Plain literals, not Annotated: so a misspelt choice is answered with the nearest one.
-DatasetName = Literal["digits", "fsdd"]
-BackboneKind = Literal["conv", "dscnn"]
+DatasetName = Literal["digits", "fsdd", "cifar10", "clinc150", "file"]
+BackboneKind = Literal["conv", "mobilenet", "resnet", "dscnn", "dscnn1d", "tcn", "mlp", "minilm"]
 TailKind = Literal["linear", "mlp", "pointwise", "separable", "transformer"]
+LatentAxes = Literal["D", "CT", "CHW", "TD"]
+"""Flat; channels over time; channels over a map; tokens (each a state)."""
+
+INPUT_KINDS: dict[DatasetName, InputKind] = {
+    "digits": "image",
+    "fsdd": "waveform",
+    "cifar10": "image",
+    "clinc150": "text",
+}
+BACKBONES: dict[InputKind, tuple[BackboneKind, ...]] = {
+    "image": ("conv", "mobilenet", "resnet"),
+    "waveform": ("dscnn", "dscnn1d"),
+    "window": ("tcn", "mlp"),
+    "text": ("minilm",),
+}
+BACKBONE_KEYS: dict[BackboneKind, tuple[str, ...]] = {
+    "conv": ("channels", "latent_channels"),
+    "mobilenet": ("channels", "latent_channels", "stride", "width", "pool"),
+    "resnet": ("channels", "latent_channels", "stride", "pool"),
+    "dscnn": ("channels", "latent_channels", "pool"),
+    "dscnn1d": ("channels", "latent_channels"),
+    "tcn": ("channels", "latent_channels", "stride", "pool"),
+    "mlp": ("channels", "latent_channels"),
+    "minilm": ("layers", "pool"),
+}
+TAIL_AXES: dict[TailKind, tuple[LatentAxes, ...]] = {
+    "linear": ("D", "CT", "CHW", "TD"),
+    "mlp": ("D", "CT", "CHW", "TD"),
+    "pointwise": ("CT", "CHW"),
+    "separable": ("CT", "CHW"),
+    "transformer": ("TD",),
+}
 
 
 class Classes(Section, frozen=True, kw_only=True):
@@ -83,6 +117,31 @@ class SplitShares(Section, frozen=True, kw_only=True):
             )
 
 
+class DataFile(Section, frozen=True, kw_only=True):
+    """The user's own data, for the data set ``file``; see :mod:`edge_ll_export.data.file`."""
+
+    path: Annotated[str, Meta(min_length=1, description="An .npz file with x, y and maybe group")]
+    kind: Annotated[InputKind, Meta(description="What a sample is")]
+    shape: Annotated[
+        tuple[Count, ...], Meta(min_length=1, max_length=3, description="Of one sample")
+    ]
+    sample_rate_hz: Annotated[int, Meta(ge=0, description="Of waveforms")] = 0
+
+    def __post_init__(self) -> None:
+        axes = {"image": "C, H, W", "waveform": "samples", "window": "T, C", "text": "T"}[self.kind]
+        if len(self.shape) != axes.count(",") + 1:
+            raise ValueError(
+                f"shape: expected [{axes}] for kind {self.kind!r}, got {list(self.shape)}"
+            )
+        if self.kind == "text" and not 3 <= self.shape[0] <= 512:
+            raise ValueError(f"shape: texts take 3 to 512 token ids, got {self.shape[0]}")
+        if (self.kind == "waveform") != (self.sample_rate_hz > 0):
+            raise ValueError(
+                f"sample_rate_hz: waveforms need it and nothing else has it; "
+                f"got {self.sample_rate_hz} for kind {self.kind!r}"
+            )
+
+
 class ImageAugment(Section, frozen=True, kw_only=True):
     """Random small changes to images; every value is the largest change, 0 switches it off."""
 
@@ -92,6 +151,7 @@ class ImageAugment(Section, frozen=True, kw_only=True):
     max_noise: Annotated[
         Share, Meta(description="Largest noise deviation, as a share of full scale")
     ] = 0.0
+    mirror: Annotated[bool, Meta(description="Half of the images, left to right")] = False
 
 
 class AudioAugment(Section, frozen=True, kw_only=True):
@@ -104,11 +164,27 @@ class AudioAugment(Section, frozen=True, kw_only=True):
     ] = 0.0
 
 
+class WindowAugment(Section, frozen=True, kw_only=True):
+    """Random small changes to sensor windows; every value is the largest change, 0 is off.
+
+    Source: T. T. Um et al., Data Augmentation of Wearable Sensor Data, ICMI 2017.
+    """
+
+    max_scale: Annotated[Share, Meta(description="0.1 multiplies by 0.9 to 1.1")] = 0.0
+    max_noise: Annotated[
+        Share, Meta(description="Largest noise deviation, as a share of each sensor's deviation")
+    ] = 0.0
+
+
 class Augment(Section, frozen=True, kw_only=True):
-    """Augmentation of the pre-training; the table that fits the data set is used."""
+    """Augmentation of the pre-training; the table that fits the data set is used.
+
+    Text has none.
+    """
 
     image: ImageAugment = ImageAugment()
     audio: AudioAugment = AudioAugment()
+    window: WindowAugment = WindowAugment()
 
 
 class Fitting(Section, frozen=True, kw_only=True):
@@ -123,21 +199,53 @@ class Fitting(Section, frozen=True, kw_only=True):
 class Teacher(Section, frozen=True, kw_only=True):
     """The large network: accurate, never shipped."""
 
-    width: Annotated[int, Meta(ge=4, description="Channels of its first block; doubled after")]
+    width: Annotated[
+        int,
+        Meta(
+            ge=4, description="Channels of its first block, doubled after; for text, hidden units"
+        ),
+    ]
     fit: Fitting
 
 
 class Backbone(Section, frozen=True, kw_only=True):
     """The frozen part of the student: raw input to latent.
 
-    ``conv`` takes small images; ``dscnn`` is log-mel and separable convolutions over time.
+    Each kind takes the keys that :data:`BACKBONE_KEYS` names; the others stay at their defaults.
     """
 
     kind: BackboneKind
     channels: Annotated[
-        tuple[Count, ...], Meta(min_length=1, description="Channels of each hidden block")
-    ]
-    latent_channels: Annotated[Count, Meta(description="Channels of the latent")]
+        tuple[Count, ...],
+        Meta(description="Channels of the stem and of each block before the last"),
+    ] = ()
+    latent_channels: Annotated[int, Meta(ge=0, description="Channels of the latent")] = 0
+    stride: Annotated[Count, Meta(description="Step of the stem")] = 1
+    width: Annotated[Positive, Meta(description="Multiplies the channels")] = 1.0
+    layers: Annotated[
+        int, Meta(ge=1, le=6, description="Layers of the pre-trained encoder that are used")
+    ] = 6
+    pool: Annotated[bool, Meta(description="The latent is the mean over its positions")] = False
+
+    def __post_init__(self) -> None:
+        allowed = {"kind", *BACKBONE_KEYS[self.kind]}
+        default = {field.name: field.default for field in fields(Backbone)}
+        foreign = [k for k in default if k not in allowed and getattr(self, k) != default[k]]
+        if foreign:
+            takes = ", ".join(BACKBONE_KEYS[self.kind])
+            raise ValueError(f"{foreign[0]}: a {self.kind} backbone has none; it takes {takes}")
+        for key in {"channels", "latent_channels"} & allowed:
+            if not getattr(self, key):
+                raise ValueError(f"{key}: missing; a {self.kind} backbone needs it")
+
+    @property
+    def latent_axes(self) -> LatentAxes:
+        """What the axes of the latent are."""
+        if self.pool or self.kind in {"conv", "mlp"}:
+            return "D"
+        if self.kind in {"dscnn1d", "tcn"}:
+            return "CT"
+        return "TD" if self.kind == "minilm" else "CHW"
 
 
 class Tail(Section, frozen=True, kw_only=True):
@@ -259,16 +367,26 @@ class Recipe(Section, frozen=True, kw_only=True):
     drift: Drift = Drift()
     gate: Gate = Gate()
     quantize: Quantize = Quantize()
+    file: DataFile | None = None
 
     def __post_init__(self) -> None:
-        fitting = {"digits": "conv", "fsdd": "dscnn"}[self.dataset]
-        if self.student.backbone.kind != fitting:
+        if (self.dataset == "file") != (self.file is not None):
             raise ValueError(
-                f"student.backbone.kind: data set {self.dataset!r} needs {fitting!r}, "
-                f"got {self.student.backbone.kind!r}"
+                'file: the data set "file" needs the table [file], and no other has it; '
+                f"got dataset {self.dataset!r}"
             )
-        if self.student.tail.kind == "pointwise" and fitting != "dscnn":
+        backbone = self.student.backbone
+        kind = self.file.kind if self.file else INPUT_KINDS[self.dataset]
+        if backbone.kind not in BACKBONES[kind]:
+            fitting = " or ".join(repr(name) for name in BACKBONES[kind])
             raise ValueError(
-                "student.tail.kind: a pointwise tail needs a latent with positions, which only "
-                "a dscnn backbone gives; take linear or mlp"
+                f"student.backbone.kind: data set {self.dataset!r} holds {kind} samples and needs "
+                f"{fitting}, got {backbone.kind!r}"
+            )
+        tail = self.student.tail.kind
+        if backbone.latent_axes not in TAIL_AXES[tail]:
+            raise ValueError(
+                f"student.tail.kind: a {tail} tail needs a latent with axes "
+                f"{' or '.join(TAIL_AXES[tail])}, this backbone's has {backbone.latent_axes}; take "
+                "linear or mlp, or another backbone, without pool"
             )

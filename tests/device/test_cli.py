@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 
 from edge_ll import logs
+from edge_ll.bundle import BACKBONE
+from edge_ll.manifest import TensorSpec, TokenizerSpec
 from edge_ll_device import cli
 from tests.tiny_bundle import (
     BASE,
     LABELS,
+    LATENT,
     SHAPE,
     SIGNER,
+    Graph,
     toy,
     write_stream,
     write_tiny_bundle,
 )
+from tests.tiny_tokenizer import TINY_TOKENIZER
 
 
 class Place:
@@ -115,6 +120,36 @@ def test_predict_for_people(run, place):
     code, out, _ = run(*place.args("predict", "--input", "x.npy"))
     assert code == 0
     assert [line.split()[1] for line in out.splitlines()] == [LABELS[c] for c in place.y]
+
+
+def test_predict_a_text(run, place):
+    pytest.importorskip("tokenizers")
+    g = Graph()
+    g.op("Mul", g.op("Cast", "x", to=1), g.const(0.3), out="latents")
+    ids, latents = ("int64", ("batch", LATENT)), ("float32", ("batch", LATENT))
+    write_tiny_bundle(
+        place.folder / "text.bundle",
+        files={
+            BACKBONE: g.model({"x": ids}, {"latents": latents}),
+            "tokenizer.json": TINY_TOKENIZER,
+        },
+        input=TensorSpec(shape=(LATENT,), dtype="int64"),
+        tokenizer=TokenizerSpec(file="tokenizer.json", max_length=LATENT),
+    )
+    texts = ["--text", "play a song", "--text", "turn the light on"]
+    code, out, err = run("predict", "text.bundle", "--trust", "key.pub", *texts, "--json")
+    assert code == 0, err
+    answers = json.loads(out)["predictions"]
+    assert [answer["label"] in LABELS for answer in answers] == [True, True]
+    assert answers[0] != answers[1]
+
+
+def test_predict_takes_text_or_samples(run, place):
+    code, _, err = run(*place.args("predict", "--text", "play"))
+    assert code == 2
+    assert "toy takes no text; it takes float32" in err
+    assert run(*place.args("predict"))[0] == 2
+    assert run(*place.args("predict", "--text", "play", "--input", "x.npy"))[0] == 2
 
 
 def test_learn_for_people(run, place):

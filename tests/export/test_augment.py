@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_ll.config import load
-from edge_ll_export.recipe import AudioAugment, ImageAugment, Recipe
+from edge_ll_export.recipe import AudioAugment, ImageAugment, Recipe, WindowAugment
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
@@ -25,7 +25,13 @@ def _clips():
     return torch.randint(-9000, 9000, (6, 8000), generator=_rng(5)).to(torch.int16)
 
 
-@pytest.mark.parametrize(("name", "make"), [("digits", _images), ("fsdd", _clips)])
+def _colours():
+    return torch.randint(0, 256, (6, 3, 32, 32), generator=_rng(5)).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("digits", _images), ("fsdd", _clips), ("cifar10", _colours)]
+)
 def test_the_generator_decides_and_shape_and_type_stay(name, make):
     from edge_ll_export.augment import build_augmentation
 
@@ -82,3 +88,37 @@ def test_audio_shifts_in_silence_and_keeps_the_gain_in_bounds():
     full = torch.full((4, 8000), 32767, dtype=torch.int16)
     clipped = augment_audio(full, AudioAugment(max_gain_db=6.0), spec=fsdd.SPEC, generator=_rng())
     assert clipped.min() > 0
+
+
+def test_mirroring_turns_about_half_of_the_images_and_changes_nothing_else():
+    from edge_ll_export.augment import augment_images
+    from edge_ll_export.data import cifar10
+
+    x = _colours()[:1].expand(200, -1, -1, -1)
+    y = augment_images(x, ImageAugment(mirror=True), spec=cifar10.SPEC, generator=_rng())
+    turned = (y == x.flip(3)).flatten(1).all(dim=1)
+    same = (y == x).flatten(1).all(dim=1)
+    assert (turned ^ same).all()
+    assert 70 < turned.sum() < 130
+
+
+def test_windows_change_by_their_sensors_own_scale():
+    from edge_ll_export.augment import augment_windows
+
+    x = torch.randn(400, 20, 2, generator=_rng(5)) * torch.tensor([1.0, 1000.0])
+    assert torch.equal(augment_windows(x, WindowAugment(), generator=_rng()), x)
+    scaled = augment_windows(x, WindowAugment(max_scale=0.1), generator=_rng()) / x
+    assert (scaled.amax(dim=(1, 2)) - scaled.amin(dim=(1, 2))).abs().max() < 1e-4
+    assert 0.9 <= scaled.min() < 0.92
+    assert 1.08 < scaled.max() <= 1.1001
+    noise = augment_windows(x, WindowAugment(max_noise=0.2), generator=_rng()) - x
+    ratio = noise.std(dim=(0, 1)) / x.std(dim=(0, 1))
+    assert torch.allclose(ratio, torch.full((2,), 0.2 / 3**0.5), rtol=0.1)
+
+
+def test_texts_stay_as_they_are():
+    from edge_ll_export.augment import build_augmentation
+
+    x = torch.randint(0, 99, (4, 32), generator=_rng())
+    augment = build_augmentation(load(RECIPES / "clinc150.toml", Recipe))
+    assert torch.equal(augment(x, _rng()), x)

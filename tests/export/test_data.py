@@ -190,7 +190,7 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         fsdd.load_fsdd(folder=tmp_path)
     (tmp_path / "fsdd.npz").write_bytes(b"something else")
-    with pytest.raises(DataError, match="is not the FSDD pack"):
+    with pytest.raises(DataError, match=r"expected an \.npz file"):
         fsdd.load_fsdd(folder=tmp_path)
 
 

@@ -6,32 +6,12 @@ import numpy as np
 import pytest
 
 from edge_ll.errors import ExportError
+from tests.export.graph_checks import check_portable, run_graph
 from tests.tiny_bundle import CAPACITY, TAILS, exported_tail, tail_graph, torch_tail
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
-
-
-def _run(data: bytes, outputs: list[str], **feeds):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return session.run(outputs, feeds)
-
-
-def check_portable(data: bytes) -> onnx.ModelProto:
-    """Opset 18, IR 10 at most, standard operators only, nothing outside, nothing private."""
-    model = onnx.load_from_string(data)
-    assert model.ir_version <= 10
-    assert [(item.domain, item.version) for item in model.opset_import] == [("", 18)]
-    assert {node.domain for node in model.graph.node} == {""}
-    assert not model.functions
-    assert not any(item.external_data for item in model.graph.initializer)
-    assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
-    for private in (b"site-packages", b"stack_trace", b"/work/", b"/home/", b"/tmp/"):
-        assert private not in data
-    return model
 
 
 @pytest.mark.parametrize("kind", TAILS)
@@ -46,7 +26,7 @@ def test_a_tail_is_what_torch_computes(kind):
     rng = np.random.default_rng(0)
     for n in (1, 2, 7, 64):
         latents = rng.standard_normal((n, *TAILS[kind].latent)).astype(np.float32)
-        (got,) = _run(data, ["logits"], latents=latents, theta=flatten_theta(tail).numpy())
+        (got,) = run_graph(data, ["logits"], latents=latents, theta=flatten_theta(tail).numpy())
         assert got.shape == (n, CAPACITY)
         assert np.abs(got - tail(torch.from_numpy(latents)).detach().numpy()).max() < 1e-5
 
@@ -60,7 +40,7 @@ def test_theta_is_an_input_and_not_baked_in(kind):
         for parameter in tail.parameters():
             parameter.mul_(-0.5).add_(0.1)
     latents = np.ones((2, *TAILS[kind].latent), np.float32)
-    (got,) = _run(
+    (got,) = run_graph(
         exported_tail(kind), ["logits"], latents=latents, theta=flatten_theta(tail).numpy()
     )
     assert np.abs(got - tail(torch.from_numpy(latents)).detach().numpy()).max() < 1e-5
@@ -74,8 +54,8 @@ def test_the_handwritten_tail_is_the_exported_one():
         "latents": rng.standard_normal((5, *TAILS["linear"].latent)).astype(np.float32),
         "theta": flatten_theta(torch_tail("linear")).numpy(),
     }
-    (ours,) = _run(tail_graph(), ["logits"], **feeds)
-    (theirs,) = _run(exported_tail("linear"), ["logits"], **feeds)
+    (ours,) = run_graph(tail_graph(), ["logits"], **feeds)
+    (theirs,) = run_graph(exported_tail("linear"), ["logits"], **feeds)
     assert np.abs(ours - theirs).max() < 1e-6
     onnx.checker.check_model(onnx.load_from_string(tail_graph()))
 
@@ -83,7 +63,7 @@ def test_the_handwritten_tail_is_the_exported_one():
 def test_a_backbone_takes_raw_input_in_any_number():
     from edge_ll_export.data import InputSpec
     from edge_ll_export.graphs import export_backbone
-    from edge_ll_export.models.backbones import ConvBackbone
+    from edge_ll_export.models.backbones.conv import ConvBackbone
 
     torch.manual_seed(0)
     spec = InputSpec(shape=(1, 8, 8), dtype="uint8", full_scale=16.0)
@@ -98,7 +78,7 @@ def test_a_backbone_takes_raw_input_in_any_number():
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     expected = backbone.eval()(x).detach().numpy()
     for n in (1, 2, 9):
-        (got,) = _run(data, ["latents"], x=x[:n].numpy())
+        (got,) = run_graph(data, ["latents"], x=x[:n].numpy())
         assert got.shape == (n, *backbone.latent_shape)
         assert np.abs(got - expected[:n]).max() < 1e-5
 

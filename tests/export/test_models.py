@@ -18,6 +18,10 @@ TAILS = [
     ("mlp", (24,), (16,)),
     ("mlp", (6, 4), (16, 8)),
     ("pointwise", (6, 4), (6, 8)),
+    ("pointwise", (6, 4, 3), (6, 8)),
+    ("separable", (6, 10), (6, 8)),
+    ("separable", (6, 4, 3), (6, 8)),
+    ("transformer", (5, 6), (8, 12)),
 ]
 
 
@@ -33,11 +37,10 @@ def _raw(name, count=3):
 
 
 def _tail(kind, shape, hidden):
-    from edge_ll_export.models.tails import MlpTail, PointwiseTail
+    from edge_ll_export.models.tails import TAILS as KINDS
 
-    build = PointwiseTail if kind == "pointwise" else MlpTail
     torch.manual_seed(0)
-    return build(latent_shape=shape, hidden=hidden, capacity=5)
+    return KINDS[kind](latent_shape=shape, hidden=hidden, capacity=5)
 
 
 @pytest.mark.parametrize("name", ["digits", "fsdd"])
@@ -100,24 +103,50 @@ def test_tails_treat_each_sample_on_its_own(kind, shape, hidden):
 
 
 def test_the_plain_norm_is_layer_norm():
-    from edge_ll_export.models.tails import ChannelNorm
+    from edge_ll_export.models.tails.norm import ChannelNorm
 
     x = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0)) * 3 + 1
     expected = torch.nn.functional.layer_norm(x, (8,))
     assert torch.allclose(ChannelNorm(8)(x), expected, atol=1e-6)
 
 
-def test_a_pointwise_tail_needs_positions():
+@pytest.mark.parametrize(
+    ("kind", "shape", "hidden"), [row for row in TAILS if row[0] in {"pointwise", "separable"}]
+)
+def test_a_convolutional_tail_does_not_hear_how_loud_a_sample_is(kind, shape, hidden):
+    tail = _tail(kind, shape, hidden)
+    z = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(tail(z), tail(7 * z + 2), atol=1e-4)
+    assert not torch.allclose(tail(z), tail(z.flip(1)), atol=1e-3)
+
+
+def test_only_a_separable_tail_sees_which_positions_are_neighbours():
+    z = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    turned = z[:, :, torch.randperm(10, generator=torch.Generator().manual_seed(1))]
+    pointwise, separable = (_tail(kind, (6, 10), (8,)) for kind in ("pointwise", "separable"))
+    assert torch.allclose(pointwise(z), pointwise(turned), atol=1e-5)
+    assert not torch.allclose(separable(z), separable(turned), atol=1e-3)
+
+
+def test_a_transformer_tail_does_not_see_padding():
+    short, long = _tail("transformer", (3, 6), (8, 12)), _tail("transformer", (5, 6), (8, 12))
+    z = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    z[:, 3:] = 0
+    assert torch.allclose(long(z), short(z[:, :3]), atol=1e-6)
+    assert torch.isfinite(long(torch.zeros(2, 5, 6))).all()
+
+
+def test_a_recipe_builds_its_tail():
     from edge_ll_export.models import build_tail
-    from edge_ll_export.models.tails import PointwiseTail
+    from edge_ll_export.models.tails import SeparableTail
     from edge_ll_export.recipe import Tail
 
     recipe = _recipe("fsdd")
-    student = replace(recipe.student, tail=Tail(kind="pointwise", hidden=(8,)))
-    pointwise = replace(recipe, student=student)
-    assert isinstance(build_tail(pointwise, (40, 16)), PointwiseTail)
-    with pytest.raises(ValueError, match=r"needs latents \[C, T\], got \[256\]"):
-        build_tail(pointwise, (256,))
+    student = replace(recipe.student, tail=Tail(kind="separable", hidden=(8,)))
+    separable = replace(recipe, student=student)
+    tails = [build_tail(separable, (40, 16)) for _ in range(2)]
+    assert isinstance(tails[0], SeparableTail)
+    assert all(map(torch.equal, tails[0].parameters(), tails[1].parameters()))
 
 
 def test_log_mel_is_what_an_fft_gives():

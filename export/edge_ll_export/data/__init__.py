@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_ll_export.data import digits, fsdd
+from edge_ll.errors import DataError
+from edge_ll_export.data import cifar10, clinc150, digits, file, fsdd
 from edge_ll_export.data.dataset import Dataset, InputSpec, Split, split_dataset
 
 if TYPE_CHECKING:
-    from edge_ll_export.recipe import Recipe
+    from edge_ll_export.recipe import DataFile, Recipe
 
 __all__ = ["Dataset", "InputSpec", "Split", "input_spec", "load_dataset", "split_dataset"]
+
+_SPECS = {
+    "digits": digits.SPEC,
+    "fsdd": fsdd.SPEC,
+    "cifar10": cifar10.SPEC,
+    "clinc150": clinc150.SPEC,
+}
+_LOADERS = {
+    "digits": digits.load_digits,
+    "fsdd": fsdd.load_fsdd,
+    "cifar10": cifar10.load_cifar10,
+    "clinc150": clinc150.load_clinc150,
+}
 
 
 def input_spec(recipe: Recipe) -> InputSpec:
     """What the recipe's backbone takes, known without loading the data."""
-    return {"digits": digits.SPEC, "fsdd": fsdd.SPEC}[recipe.dataset]
+    if recipe.dataset == "file":
+        return file.file_spec(_file(recipe))
+    return _SPECS[recipe.dataset]
 
 
 def load_dataset(recipe: Recipe) -> tuple[Dataset, Split]:
@@ -25,7 +41,10 @@ def load_dataset(recipe: Recipe) -> tuple[Dataset, Split]:
         DataError: The data is missing, damaged, or lacks a class or group of the recipe.
         MissingExtraError: The data set needs a package that is not installed.
     """
-    dataset = {"digits": digits.load_digits, "fsdd": fsdd.load_fsdd}[recipe.dataset]()
+    if recipe.dataset == "file":
+        dataset = file.load_file(_file(recipe))
+    else:
+        dataset = _LOADERS[recipe.dataset]()
     shares = recipe.split
     split = split_dataset(
         dataset,
@@ -41,3 +60,9 @@ def load_dataset(recipe: Recipe) -> tuple[Dataset, Split]:
         seed=recipe.seed,
     )
     return dataset, split
+
+
+def _file(recipe: Recipe) -> DataFile:
+    if recipe.file is None:
+        raise DataError('dataset "file" needs the table [file]')
+    return recipe.file

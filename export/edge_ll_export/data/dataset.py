@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_ll.errors import DataError
 
+InputKind = Literal["image", "waveform", "window", "text"]
 Indices = npt.NDArray[np.int64]
 
 
@@ -18,17 +19,26 @@ Indices = npt.NDArray[np.int64]
 class InputSpec:
     """What a backbone takes.
 
+    | kind | shape | dtype |
+    |---|---|---|
+    | image | ``[C, H, W]`` | uint8 |
+    | waveform | ``[samples]`` | int16 |
+    | window | ``[T, C]``, the sensors side by side at each step | float32 |
+    | text | ``[T]`` token ids, 0 behind the end | int64 |
+
     Attributes:
         shape: Of one sample, without the batch axis.
-        dtype: numpy name of the raw type, "uint8" or "int16".
-        full_scale: The raw value that the backbone maps to 1.0.
-        sample_rate_hz: Of waveforms; 0 for images.
+        dtype: numpy name of the raw type.
+        full_scale: The raw value that the backbone maps to 1.0; of images and waveforms.
+        sample_rate_hz: Of waveforms; 0 for all others.
+        kind: Decides which backbones, teachers and augmentations fit.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    full_scale: float
+    full_scale: float = 1.0
     sample_rate_hz: int = 0
+    kind: InputKind = "image"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from edge_ll.errors import MissingExtraError
 from edge_ll_export.data.dataset import Dataset, InputSpec
 
-SPEC = InputSpec(shape=(1, 8, 8), dtype="uint8", full_scale=16.0)
+SPEC = InputSpec(kind="image", shape=(1, 8, 8), dtype="uint8", full_scale=16.0)
 
 
 def load_digits() -> Dataset:

@@ -13,28 +13,26 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
 import re
-import urllib.request
 import wave
 import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edge_ll.errors import DataError
+from edge_ll_export.data import source
 from edge_ll_export.data.dataset import Dataset, InputSpec
+from edge_ll_export.data.source import Arrays, Fetch
 
-SPEC = InputSpec(shape=(8000,), dtype="int16", full_scale=32768.0, sample_rate_hz=8000)
+SPEC = InputSpec(
+    kind="waveform", shape=(8000,), dtype="int16", full_scale=32768.0, sample_rate_hz=8000
+)
 URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/tags/v1.0.10.zip"
 CONTENT_SHA256 = "88bbf096b6feadea9b2a5346ccf23f8806d30e65ee0cfdebe90c686aa6646fe1"
 
-Arrays = Mapping[str, npt.NDArray[Any]]
-Fetch = Callable[[str], bytes]
-
+_FILE = "fsdd.npz"
 _MAX_ARCHIVE_BYTES = 64 << 20
 _MAX_WAV_BYTES = 1 << 20
 _MAX_RECORDINGS = 10_000
@@ -55,12 +53,12 @@ def load_fsdd(*, folder: Path | None = None, fetch: Fetch | None = None) -> Data
     Raises:
         DataError: The file is missing, cannot be downloaded, or is not the pinned content.
     """
-    ready = folder or (Path(os.environ["EDGE_LL_DATA"]) if "EDGE_LL_DATA" in os.environ else None)
-    if ready is not None:
-        arrays = _read_npz(ready / "fsdd.npz")
+    ready = folder or source.ready_folder()
+    path = ready / _FILE if ready else source.cached(_FILE)
+    if ready or path.exists():
+        arrays = source.read_npz(path, _KEYS)
     else:
-        cached = Path.home() / ".cache" / "edge_ll" / "fsdd.npz"
-        arrays = _read_npz(cached) if cached.exists() else download_fsdd(cached, fetch=fetch)
+        arrays = download_fsdd(path, fetch=fetch)
     check_content(arrays)
     return _dataset(arrays)
 
@@ -71,21 +69,11 @@ def download_fsdd(target: Path, *, fetch: Fetch | None = None) -> Arrays:
     Raises:
         DataError: The download failed, or is not the pinned content.
     """
-    try:
-        raw = (fetch or _https)(URL)
-    except OSError as error:
-        raise DataError(
-            f"FSDD could not be downloaded from {URL}: {error}; set EDGE_LL_DATA to a folder "
-            f"that holds fsdd.npz, or try again with a network"
-        ) from error
+    raw = source.download(URL, name=_FILE, limit=_MAX_ARCHIVE_BYTES, fetch=fetch)
     arrays = convert_archive(raw)
     check_content(arrays)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that a broken run never leaves half a file in the cache.
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez_compressed(file, **{key: arrays[key] for key in _KEYS})  # type: ignore[arg-type]
-    part.replace(target)
+    kept = {key: arrays[key] for key in _KEYS}
+    source.keep(target, lambda file: np.savez_compressed(file, **kept))  # type: ignore[arg-type]
     return arrays
 
 
@@ -93,10 +81,8 @@ def convert_archive(raw: bytes) -> Arrays:
     """Turn the upstream zip into the arrays of the dataset pack; nothing is written to disk.
 
     Raises:
-        DataError: The archive is oversized, damaged, or holds a wav of another kind.
+        DataError: The archive is damaged, or holds a wav of another kind.
     """
-    if len(raw) > _MAX_ARCHIVE_BYTES:
-        raise DataError(f"the FSDD archive has {len(raw)} bytes; at most {_MAX_ARCHIVE_BYTES}")
     found: list[tuple[int, str, int, npt.NDArray[np.int16]]] = []
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -154,11 +140,7 @@ def check_content(arrays: Arrays) -> None:
         actual = content_sha256(arrays)
     except (IndexError, ValueError, TypeError) as error:
         raise DataError(f"FSDD's arrays do not fit together: {error}") from error
-    if actual != CONTENT_SHA256:
-        raise DataError(
-            f"FSDD's content has sha256 {actual}, expected {CONTENT_SHA256}; "
-            f"delete the file and let it be downloaded again"
-        )
+    source.check_digest("FSDD", actual, CONTENT_SHA256)
 
 
 def _dataset(arrays: Arrays) -> Dataset:
@@ -177,18 +159,6 @@ def _dataset(arrays: Arrays) -> Dataset:
     )
 
 
-def _read_npz(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as pack:
-            return {key: pack[key] for key in _KEYS}
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path} does not exist; put fsdd.npz there, or unset EDGE_LL_DATA to download it"
-        ) from error
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not the FSDD pack: {error}; delete it and try again") from error
-
-
 def _read_wav(raw: bytes, name: str) -> npt.NDArray[np.int16]:
     try:
         with wave.open(io.BytesIO(raw)) as clip:
@@ -199,9 +169,3 @@ def _read_wav(raw: bytes, name: str) -> npt.NDArray[np.int16]:
     if kind != (1, 2, SPEC.sample_rate_hz):
         raise DataError(f"{name}: expected mono, 2 bytes, 8000 Hz; got {kind}")
     return np.frombuffer(frames, "<i2").astype(np.int16)
-
-
-def _https(url: str) -> bytes:
-    # The scheme is fixed by URL above; one byte past the limit is enough to refuse the rest.
-    with urllib.request.urlopen(url, timeout=60) as reply:  # noqa: S310
-        return bytes(reply.read(_MAX_ARCHIVE_BYTES + 1))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edge_ll.errors import DataError
+
 _FLOOR = 1e-6  # of the power, full scale being 1: far below any microphone's noise
 
 
@@ -66,8 +68,18 @@ class LogMel(nn.Module):
         self.std.copy_(bands.std(dim=(0, 2)).unsqueeze(1).clamp_min(1e-3))
 
     def frames(self, samples: int) -> int:
-        """How many frames come from ``samples``."""
-        return (samples - self.dft.shape[2]) // self.hop + 1
+        """How many frames come from ``samples``.
+
+        Raises:
+            DataError: Not even one.
+        """
+        frame = self.dft.shape[2]
+        if samples < frame:
+            raise DataError(
+                f"waveforms of {samples} samples are shorter than a frame of {frame}; "
+                f"take longer ones"
+            )
+        return (samples - frame) // self.hop + 1
 
 
 def mel_filters(sample_rate_hz: int, frame: int, mels: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from edge_ll_export.models.backbones import AnyBackbone, build_backbone
+from edge_ll_export.models.backbones import Backbone, build_backbone
 from edge_ll_export.models.tails import AnyTail, build_tail
 from edge_ll_export.recipe import Recipe
 
@@ -17,7 +17,7 @@ class Student(nn.Module):
         tail: Latent to logits.
     """
 
-    def __init__(self, backbone: AnyBackbone, tail: AnyTail) -> None:
+    def __init__(self, backbone: Backbone, tail: AnyTail) -> None:
         super().__init__()
         self.backbone = backbone
         self.tail = tail

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from edge_ll_export.data import InputSpec, input_spec
+from edge_ll_export.models.backbones import Backbone, pretrained_minilm
+from edge_ll_export.models.backbones.resnet import ResNetBackbone
+from edge_ll_export.models.backbones.tcn import TcnBackbone
 from edge_ll_export.models.logmel import LogMel
 from edge_ll_export.models.seeding import seeded
-from edge_ll_export.recipe import Recipe
+from edge_ll_export.recipe import BackboneKind, Recipe
 
 
 class ImageTeacher(nn.Module):
@@ -74,17 +79,86 @@ class AudioTeacher(nn.Module):
         self.features.calibrate(x)
 
 
-AnyTeacher = ImageTeacher | AudioTeacher
+class HeadTeacher(nn.Module):
+    """A backbone of the student's family, and a head on its mean.
+
+    Args:
+        backbone: With a flat latent.
+        head: Latents ``[N, D]`` to logits.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw samples ``[N, ...]`` to logits float32 ``[N, capacity]``."""
+        logits: Tensor = self.head(self.backbone(x))
+        return logits
+
+    def calibrate(self, x: Tensor) -> None:
+        """Fix what the backbone takes from data."""
+        self.backbone.calibrate(x)
+
+
+AnyTeacher = ImageTeacher | AudioTeacher | HeadTeacher
+
+
+def resnet_teacher(*, spec: InputSpec, width: int, capacity: int) -> HeadTeacher:
+    """A residual network of two blocks at each of three resolutions.
+
+    The stem brings large images down to 64 pixels or fewer.
+    """
+    stride = -(-max(spec.shape[1:]) // 64)
+    channels = (width, width, width, 2 * width, 2 * width, 4 * width)
+    backbone = ResNetBackbone(
+        spec=spec, channels=channels, latent_channels=4 * width, stride=stride, pool=True
+    )
+    return HeadTeacher(backbone, nn.Linear(4 * width, capacity))
+
+
+def window_teacher(*, spec: InputSpec, width: int, capacity: int) -> HeadTeacher:
+    """A temporal convolutional network that sees the last 125 steps."""
+    channels = (width, width, 2 * width, 2 * width, 2 * width)
+    backbone = TcnBackbone(
+        spec=spec, channels=channels, latent_channels=4 * width, stride=1, pool=True
+    )
+    return HeadTeacher(backbone, nn.Linear(4 * width, capacity))
+
+
+def text_teacher(*, spec: InputSpec, width: int, capacity: int) -> HeadTeacher:
+    """The whole pre-trained encoder, frozen, and a head with one hidden layer."""
+    backbone = pretrained_minilm(spec=spec, pool=True)
+    head = nn.Sequential(
+        nn.Linear(backbone.latent_shape[0], width), nn.ReLU(), nn.Linear(width, capacity)
+    )
+    return HeadTeacher(backbone, head)
+
+
+KINDS: dict[BackboneKind, Callable[..., AnyTeacher]] = {
+    "conv": ImageTeacher,
+    "mobilenet": resnet_teacher,
+    "resnet": resnet_teacher,
+    "dscnn": AudioTeacher,
+    "dscnn1d": AudioTeacher,
+    "tcn": window_teacher,
+    "mlp": window_teacher,
+    "minilm": text_teacher,
+}
+"""The teacher for each kind of student backbone."""
 
 
 def build_teacher(recipe: Recipe) -> AnyTeacher:
-    """The recipe's teacher with fresh weights from the recipe's seed."""
-    kind = AudioTeacher if input_spec(recipe).sample_rate_hz else ImageTeacher
+    """The recipe's teacher with fresh weights from the recipe's seed.
+
+    Raises:
+        DataError: Pre-trained weights are not installed.
+    """
+    build = KINDS[recipe.student.backbone.kind]
     with seeded(recipe.seed + 2):
-        return kind(
-            spec=input_spec(recipe),
-            width=recipe.teacher.width,
-            capacity=recipe.classes.capacity,
+        return build(
+            spec=input_spec(recipe), width=recipe.teacher.width, capacity=recipe.classes.capacity
         )
 
 

@@ -1,4 +1,4 @@
-"""Normalisation whose behaviour is the same in training and in use.
+"""Keeping activations in scale, in the same way in training and in use.
 
 Batch statistics are out of place on a device: batches are small, and their classes come in turn.
 """
@@ -17,6 +17,15 @@ def sample_norm(z: Tensor) -> Tensor:
     follows has both. On a latent, which is frozen, it needs no gradient.
     """
     return F.group_norm(z, 1)
+
+
+def keep_variance(layers: nn.ModuleList) -> None:
+    """Fresh weights of convolutions before ReLUs (He et al., 2015): no norm between them needed."""
+    for name, parameter in layers.named_parameters():
+        if name.endswith("weight"):
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        else:
+            nn.init.zeros_(parameter)
 
 
 class ChannelNorm(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from edge_ll_export.models.tails.norm import sample_norm
+from edge_ll_export.models.tails.norm import keep_variance, sample_norm
 
 
 class PointwiseTail(nn.Module):
@@ -26,6 +26,7 @@ class PointwiseTail(nn.Module):
         sizes = [latent_shape[0], *hidden]
         self.mix = nn.ModuleList(nn.Conv1d(a, b, 1) for a, b in zip(sizes, hidden, strict=False))
         self.head = nn.Linear(sizes[-1], capacity)
+        keep_variance(self.mix)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents ``[N, C, ...]`` to logits float32 ``[N, capacity]``."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from edge_ll_export.models.tails.norm import sample_norm
+from edge_ll_export.models.tails.norm import keep_variance, sample_norm
 
 _KERNELS = {1: (9, 1), 2: (3, 3)}  # by spatial axes: as many taps either way
 
@@ -40,6 +40,8 @@ class SeparableTail(nn.Module):
             nn.Conv2d(a, b, 1) for a, b in zip(sizes, hidden, strict=False)
         )
         self.head = nn.Linear(sizes[-1], capacity)
+        keep_variance(self.depthwise)
+        keep_variance(self.pointwise)
 
     def forward(self, z: Tensor) -> Tensor:
         """Latents ``[N, C, ...]`` to logits float32 ``[N, capacity]``."""
