@@ -16,9 +16,9 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
-from edge_ll.bundle import BACKBONE, STEP, TAIL, THETA, Bundle, write_bundle
-from edge_ll.engine.port import Batch
-from edge_ll.engine.step_graph import BETA1, BETA2, HYPER, OUTPUTS
+from edge_ll.bundle import BACKBONE, PROJECTED_STEP, STEP, TAIL, THETA, Bundle, write_bundle
+from edge_ll.engine.port import MASKED, Batch
+from edge_ll.engine.step_graph import BETA1, BETA2, HYPER, OUTPUTS, REFERENCE
 from edge_ll.manifest import (
     ArraySpec,
     DriftDefaults,
@@ -130,12 +130,12 @@ def backbone_graph(gain: float = 1.0, dtype: str = "float32") -> bytes:
     return g.model({"x": (dtype, ("batch", *SHAPE))}, {"latents": ("float32", ("batch", LATENT))})
 
 
-def _linear(g: Graph, capacity: int, out: str = "") -> str:
+def _linear(g: Graph, capacity: int, out: str = "", latents: str = "latents") -> str:
     split, end = capacity * LATENT, capacity * (LATENT + 1)
     weight = g.op("Slice", "theta", g.const([0], "int64"), g.const([split], "int64"))
     weight = g.op("Reshape", weight, g.const([capacity, LATENT], "int64"))
     bias = g.op("Slice", "theta", g.const([split], "int64"), g.const([end], "int64"))
-    return g.op("Gemm", "latents", weight, bias, out=out, transB=1)
+    return g.op("Gemm", latents, weight, bias, out=out, transB=1)
 
 
 def tail_graph(capacity: int = CAPACITY, latents: str = "latents") -> bytes:
@@ -153,54 +153,109 @@ def tail_graph(capacity: int = CAPACITY, latents: str = "latents") -> bytes:
     )
 
 
-def step_graph(optimizer: str = "adamw", capacity: int = CAPACITY, beta2: float = BETA2) -> bytes:
+def step_graph(
+    optimizer: str = "adamw",
+    capacity: int = CAPACITY,
+    beta2: float = BETA2,
+    terms: LossTerms = DEFAULT_TERMS,
+    *,
+    projected: bool = False,
+) -> bytes:
     """Loss, gradient, clipping and update of a linear tail; see ``edge_ll.engine.step_graph``."""
     g = Graph()
-    rows, columns = g.const([0], "int64"), g.const([1], "int64")
 
     def hyper(index: int) -> str:
         return g.op("Gather", HYPER, g.const(index, "int64"), axis=0)
 
-    def column(vector: str) -> str:
-        return g.op("Unsqueeze", vector, columns)
-
-    logits = _linear(g, capacity)
-    log_p = g.op("LogSoftmax", g.op("Add", logits, "class_mask"), axis=1)
-    chosen = g.op("OneHot", "labels", g.const(capacity, "int64"), g.const([0.0, 1.0]), axis=1)
-    away = g.op("Sub", logits, "target_logits")
-    ce = g.op("Neg", g.op("ReduceSum", g.op("Mul", chosen, log_p), columns, keepdims=0))
-    distance = g.op("ReduceMean", g.op("Mul", away, away), columns, keepdims=0)
-    losses = g.op("Add", g.op("Mul", "ce_weight", ce), g.op("Mul", "target_weight", distance))
-    g.op("ReduceMean", losses, out="loss", keepdims=0)
-
-    slope = g.op("Mul", column("ce_weight"), g.op("Sub", g.op("Exp", log_p), chosen))
-    pull = g.op("Mul", g.op("Mul", away, g.const(2.0 / capacity)), column("target_weight"))
-    n = g.op("Cast", g.op("Shape", "labels"), to=1)
-    slope = g.op("Div", g.op("Add", slope, pull), n)
-    weight = g.op("MatMul", g.op("Transpose", slope), "latents")
-    weight = g.op("Reshape", weight, g.const([-1], "int64"))
-    gradient = g.op("Concat", weight, g.op("ReduceSum", slope, rows, keepdims=0), axis=0)
+    loss, gradient = _loss_and_gradient(g, capacity, terms, "")
+    if projected:
+        _, against = _loss_and_gradient(g, capacity, terms, REFERENCE)
+        slope = g.op("ReduceSum", g.op("Mul", gradient, against), keepdims=0)
+        length = g.op("ReduceSum", g.op("Mul", against, against), keepdims=0)
+        share = g.op("Div", g.op("Min", slope, g.const(0.0)), g.op("Max", length, g.const(1e-12)))
+        gradient = g.op("Sub", gradient, g.op("Mul", share, against))
+    if terms.anchor:
+        away = g.op("Sub", "theta", "anchor_centre")
+        pull = g.op("Mul", "anchor_weight", away)
+        held = g.op("ReduceSum", g.op("Mul", pull, away), keepdims=0)
+        loss = g.op("Add", loss, held)
+        gradient = g.op("Add", gradient, g.op("Mul", g.const(2.0), pull))
+    g.op("Identity", loss, out="loss")
     g.op("Sqrt", g.op("ReduceSum", g.op("Mul", gradient, gradient), keepdims=0), out="norm")
     clip = g.op("Div", hyper(2), g.op("Max", "norm", hyper(2)))
     gradient = g.op("Mul", gradient, clip)
     (_adamw if optimizer == "adamw" else _sgd)(g, gradient, hyper, beta2)
 
-    size, classes = capacity * (LATENT + 1), ("batch", capacity)
-    vector = ("float32", (size,))
-    inputs = {
-        "latents": ("float32", ("batch", LATENT)),
-        "labels": ("int64", ("batch",)),
-        "ce_weight": ("float32", ("batch",)),
-        "class_mask": ("float32", classes),
-        "target_logits": ("float32", classes),
-        "target_weight": ("float32", ("batch",)),
-        "theta": vector,
-        "m": vector,
-        "v": vector,
-        HYPER: ("float32", (5,)),
-    }
+    vector = ("float32", (capacity * (LATENT + 1),))
+    inputs = _batch_inputs(capacity, "", "batch")
+    if projected:
+        inputs |= _batch_inputs(capacity, REFERENCE, "reference")
+    if terms.anchor:
+        inputs |= {"anchor_centre": vector, "anchor_weight": vector}
+    inputs |= {"theta": vector, "m": vector, "v": vector, HYPER: ("float32", (5,))}
     scalar: tuple = ("float32", ())
     return g.model(inputs, dict(zip(OUTPUTS, (scalar, scalar, *[vector] * 3), strict=True)))
+
+
+def step_graphs(
+    optimizer: str, capacity: int = CAPACITY, terms: LossTerms = DEFAULT_TERMS
+) -> dict[str, bytes]:
+    """The step graphs of a linear tail by their names in a bundle."""
+    graphs = {STEP: step_graph(optimizer, capacity, terms=terms)}
+    if terms.projection:
+        graphs[PROJECTED_STEP] = step_graph(optimizer, capacity, terms=terms, projected=True)
+    return graphs
+
+
+def _batch_inputs(capacity: int, prefix: str, axis: str) -> dict[str, tuple]:
+    return {
+        f"{prefix}latents": ("float32", (axis, LATENT)),
+        f"{prefix}labels": ("int64", (axis,)),
+        f"{prefix}ce_weight": ("float32", (axis,)),
+        f"{prefix}class_mask": ("float32", (axis, capacity)),
+        f"{prefix}target_logits": ("float32", (axis, capacity)),
+        f"{prefix}target_weight": ("float32", (axis,)),
+    }
+
+
+def _loss_and_gradient(g: Graph, capacity: int, terms: LossTerms, prefix: str) -> tuple[str, str]:
+    """The loss of a batch but for the anchor, and its gradient."""
+    rows, columns = g.const([0], "int64"), g.const([1], "int64")
+    latents, labels, ce_weight, class_mask, target_logits, target_weight = _batch_inputs(
+        capacity, prefix, ""
+    )
+
+    def column(vector: str) -> str:
+        return g.op("Unsqueeze", vector, columns)
+
+    logits = _linear(g, capacity, latents=latents)
+    log_p = g.op("LogSoftmax", g.op("Add", logits, class_mask), axis=1)
+    chosen = g.op("OneHot", labels, g.const(capacity, "int64"), g.const([0.0, 1.0]), axis=1)
+    ce = g.op("Neg", g.op("ReduceSum", g.op("Mul", chosen, log_p), columns, keepdims=0))
+    if terms.target == "kl":
+        softness = g.const(terms.temperature)
+        absent = g.op("Cast", g.op("Less", target_logits, g.const(MASKED / 2)), to=1)
+        aligned = g.op("Add", logits, g.op("Mul", absent, g.const(MASKED)))
+        wanted = g.op("LogSoftmax", g.op("Div", target_logits, softness), axis=1)
+        got = g.op("LogSoftmax", g.op("Div", aligned, softness), axis=1)
+        apart = g.op("Mul", g.op("Exp", wanted), g.op("Sub", wanted, got))
+        distance = g.op("ReduceSum", apart, columns, keepdims=0)
+        distance = g.op("Mul", distance, g.const(terms.temperature**2))
+        pull = g.op("Mul", g.op("Sub", g.op("Exp", got), g.op("Exp", wanted)), softness)
+    else:
+        away = g.op("Sub", logits, target_logits)
+        distance = g.op("ReduceMean", g.op("Mul", away, away), columns, keepdims=0)
+        pull = g.op("Mul", away, g.const(2.0 / capacity))
+    losses = g.op("Add", g.op("Mul", ce_weight, ce), g.op("Mul", target_weight, distance))
+    loss = g.op("ReduceMean", losses, keepdims=0)
+
+    slope = g.op("Mul", column(ce_weight), g.op("Sub", g.op("Exp", log_p), chosen))
+    slope = g.op("Add", slope, g.op("Mul", pull, column(target_weight)))
+    slope = g.op("Div", slope, g.op("Cast", g.op("Shape", labels), to=1))
+    weight = g.op("MatMul", g.op("Transpose", slope), latents)
+    weight = g.op("Reshape", weight, g.const([-1], "int64"))
+    bias = g.op("ReduceSum", slope, rows, keepdims=0)
+    return loss, g.op("Concat", weight, bias, axis=0)
 
 
 def _adamw(g: Graph, gradient: str, hyper: Any, beta2: float) -> None:
@@ -427,7 +482,7 @@ def write_tiny_bundle(
     content = {
         BACKBONE: backbone_graph(gain),
         TAIL: tail_graph(capacity),
-        STEP: step_graph(learner.optimizer, capacity),
+        **step_graphs(learner.optimizer, capacity, learner.loss),
         THETA: theta.astype("<f4").tobytes(),
         **{f"arrays/{key}": value.tobytes() for key, value in held.items()},
         **(files or {}),

@@ -24,6 +24,7 @@ from edge_ll.bundle import PROJECTED_STEP, STEP
 from edge_ll.engine.step_graph import BETA1, BETA2, HYPER, OUTPUTS, REFERENCE
 from edge_ll.errors import ExportError
 from edge_ll.manifest import LearnerDefaults, LossTerms, OptimizerName
+from edge_ll_export.diagnose import failing_layer, operator_of, root_cause
 from edge_ll_export.forms import decompositions, late_broadcast, translations
 from edge_ll_export.graphs import export_program
 from edge_ll_export.tail_loss import (
@@ -161,20 +162,47 @@ def export_step_graph(
     Raises:
         ExportError: An operator of the tail has no gradient or no ONNX form.
     """
+    try:
+        return _export(tail, latent_shape, optimizer, terms, projected=projected)
+    except ExportError as error:
+        layer = failing_layer(
+            tail,
+            latent_shape,
+            lambda alone, x: _check_exportable(alone, tuple(x.shape[1:])),
+        )
+        where = ", ".join(filter(None, (type(tail).__name__, layer, operator_of(error))))
+        raise ExportError(
+            f"{where}: it cannot be trained on a device: {root_cause(error)}. See the tails in "
+            "edge_ll_export.models.tails for layers that can"
+        ) from error
+
+
+def _check_exportable(tail: nn.Module, latent_shape: tuple[int, ...]) -> None:
+    _export(tail, latent_shape, "sgd", LossTerms(), projected=False)
+
+
+def _export(
+    tail: nn.Module,
+    latent_shape: tuple[int, ...],
+    optimizer: OptimizerName,
+    terms: LossTerms,
+    *,
+    projected: bool,
+) -> bytes:
     names = step_inputs(terms, projected=projected)
     example = example_inputs(tail, latent_shape, names)
-    traced = _trace(training_step(tail, optimizer, terms, projected=projected), example, tail)
+    traced = _trace(training_step(tail, optimizer, terms, projected=projected), example)
     batch, reference = (torch.export.Dim(name, min=1, max=65536) for name in ("batch", "reference"))
     shapes: list[Any] = [
         {0: batch} if name in BATCH_NAMES else {0: reference} if name in REFERENCE_NAMES else None
         for name in names
     ]
     data = export_program(traced, example, names, OUTPUTS, tuple(shapes), forms=translations())
-    _check_batch_axis(data, type(tail).__name__)
+    _check_batch_axis(data)
     return data
 
 
-def _trace(step: Step, example: tuple[Tensor, ...], tail: nn.Module) -> GraphModule:
+def _trace(step: Step, example: tuple[Tensor, ...]) -> GraphModule:
     try:
         traced = make_fx(
             step,
@@ -182,19 +210,19 @@ def _trace(step: Step, example: tuple[Tensor, ...], tail: nn.Module) -> GraphMod
             decomposition_table=decompositions(),
         )(*example)
     except Exception as error:  # tracing raises whatever the tail's operators raise
-        raise ExportError(f"{type(tail).__name__}: no gradient can be traced: {error}") from error
+        raise ExportError(f"no gradient can be traced: {error}") from error
     return late_broadcast(traced)
 
 
-def _check_batch_axis(data: bytes, tail: str) -> None:
+def _check_batch_axis(data: bytes) -> None:
     """Tracing may take the example's batch size for the only one, without a word."""
     for value in onnx.load_from_string(data).graph.input:
         axes = value.type.tensor_type.shape.dim
         if value.name in (*BATCH_NAMES, *REFERENCE_NAMES) and not axes[0].dim_param:
             raise ExportError(
-                f"{tail}: its step graph takes batches of {axes[0].dim_value} only; expected any "
-                "size. An operator in it fixes the batch axis, as a linear layer on an input of "
-                "three axes does: flatten it to two"
+                f"the graph takes batches of {axes[0].dim_value} only, expected any size: an "
+                "operator fixes the batch axis, as a linear layer on an input of three axes does "
+                "(flatten it to two)"
             )
 
 

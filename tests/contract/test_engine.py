@@ -16,7 +16,7 @@ from edge_ll.engine import MASKED, Batch, Engine, EngineState, plain_batch
 from edge_ll.engine.fake import FakeEngine
 from edge_ll.engine.load import open_engine
 from edge_ll.errors import EngineError, MissingExtraError
-from edge_ll.manifest import LearnerDefaults
+from edge_ll.manifest import LearnerDefaults, LossTerms
 from tests.conftest import skip_unless_ci
 from tests.tiny_bundle import (
     CAPACITY,
@@ -422,6 +422,169 @@ def test_sgd_on_the_step_graph_is_momentum_with_coupled_decay(tmp_path):
         theta = theta - learner.learning_rate * move
         engine.step(batch)
     assert np.abs(engine.theta - theta).max() < 1e-5
+
+
+# The gradient, the anchor, the projection
+
+TERMS = {
+    "mse": LossTerms(anchor=True, projection=True),
+    "kl": LossTerms(target="kl", temperature=3.0, anchor=True, projection=True),
+}
+
+
+def _numeric(theta: np.ndarray, loss: Callable[[np.ndarray], float]) -> np.ndarray:
+    """Central differences of a loss by θ, in float64."""
+    nudges = 1e-4 * np.eye(len(theta))
+    return np.array([(loss(theta + n) - loss(theta - n)) / 2e-4 for n in nudges])
+
+
+def _loss(theta: np.ndarray, batch: Batch, terms: LossTerms) -> float:
+    """The loss by its formulas, in float64."""
+    weight = theta[: CAPACITY * LATENT].reshape(CAPACITY, LATENT)
+    logits = batch.latents.astype(np.float64) @ weight.T + theta[CAPACITY * LATENT :]
+
+    def log_softmax(z):
+        return (
+            z
+            - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True))
+            - z.max(1, keepdims=True)
+        )
+
+    ce = -log_softmax(logits + batch.class_mask)[np.arange(len(logits)), batch.labels]
+    if terms.target == "kl":
+        t = terms.temperature
+        here = batch.target_logits > MASKED / 2
+        wanted = np.exp(log_softmax(batch.target_logits.astype(np.float64) / t))
+        got = log_softmax(np.where(here, logits, MASKED) / t)
+        apart = np.where(here, wanted * (np.log(np.where(here, wanted, 1)) - got), 0)
+        distance = t**2 * apart.sum(1)
+    else:
+        distance = np.square(logits - batch.target_logits).mean(1)
+    return float((batch.ce_weight * ce + batch.target_weight * distance).mean())
+
+
+def _masked_target(batch: Batch, terms: LossTerms) -> Batch:
+    target = batch.target_logits.copy()
+    if terms.target == "kl":
+        target[:, -1] = MASKED
+    return batch._replace(target_logits=target)
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("n", [1, 9])
+def test_the_gradient_is_the_loss_s(make, terms, n):
+    engine = make(replace(GENTLE, loss=terms))
+    rng = np.random.default_rng(4)
+    batch = _masked_target(_mixed_batch(rng, n), terms)
+    centre = rng.standard_normal(SIZE).astype(np.float32)
+    weight = rng.random(SIZE).astype(np.float32)
+    engine.set_anchor(centre, weight)
+
+    def loss(theta):
+        return _loss(theta, batch, terms) + float((weight * (theta - centre) ** 2).sum())
+
+    before = engine.state()
+    gradient = engine.gradient(batch)
+    assert (gradient.shape, gradient.dtype) == ((SIZE,), np.float32)
+    expected = _numeric(base_theta().astype(np.float64), loss)
+    assert np.abs(gradient - expected).max() < 1e-4
+    assert _same(engine.state(), before)
+    assert engine.step(batch) == pytest.approx(loss(base_theta().astype(np.float64)), rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(make):
+    engine, twin = make(), make()
+    with np.errstate(all="ignore"), pytest.raises(EngineError):
+        engine.gradient(BAD_BATCHES["one nan"])
+    assert engine.step(GOOD) == twin.step(GOOD)
+    assert np.array_equal(engine.theta, twin.theta)
+
+
+def test_an_anchor_holds_theta_near_its_centre(make):
+    learner = replace(GENTLE, loss=TERMS["mse"], weight_decay=0.0)
+    free, held = make(learner), make(learner)
+    held.set_anchor(base_theta(), np.full(SIZE, 10.0, np.float32))
+    for seed in range(60):
+        for engine in (free, held):
+            engine.step(_toy_batch(classes=(2, 3), seed=seed))
+    moved = [float(np.abs(engine.theta - base_theta()).max()) for engine in (free, held)]
+    assert moved[1] < 0.3 * moved[0]
+
+
+@pytest.mark.parametrize(
+    ("centre", "weight"),
+    [
+        (np.zeros(SIZE - 1, np.float32), np.zeros(SIZE, np.float32)),
+        (np.zeros(SIZE, np.float32), np.full(SIZE, NAN)),
+        (np.zeros(SIZE, np.float32), np.full(SIZE, -1, np.float32)),
+        (np.zeros(SIZE), np.zeros(SIZE, np.float32)),
+    ],
+    ids=["short", "nan", "negative", "float64"],
+)
+def test_a_wrong_anchor_is_refused_and_the_old_one_stays(make, centre, weight):
+    learner = replace(GENTLE, loss=TERMS["mse"])
+    engine, twin = make(learner), make(learner)
+    for one in (engine, twin):
+        one.set_anchor(np.ones(SIZE, np.float32), np.ones(SIZE, np.float32))
+    with pytest.raises(EngineError, match="anchor"):
+        engine.set_anchor(centre, weight)
+    assert engine.step(GOOD) == twin.step(GOOD)
+
+
+def test_what_the_loss_was_not_exported_with_is_refused(make):
+    engine = make()
+    before = engine.state()
+    with pytest.raises(EngineError, match=r"learner\.anchor = true"):
+        engine.set_anchor(np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32))
+    with pytest.raises(EngineError, match=r"learner\.projection = true"):
+        engine.step(GOOD, GOOD)
+    assert _same(engine.state(), before)
+
+
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+def test_a_projected_step_takes_away_what_opposes_the_reference(make, terms):
+    learner = replace(GENTLE, loss=terms, clip_norm=1e6)
+    engine, reference_engine = make(learner), FakeEngine(LATENT, CAPACITY, learner)
+    reference_engine.set_theta(base_theta())
+    rng = np.random.default_rng(5)
+    anchor = rng.standard_normal(SIZE).astype(np.float32), np.full(SIZE, 1e-3, np.float32)
+    for one in (engine, reference_engine):
+        one.set_anchor(*anchor)
+    opposed = 0
+    for i in range(30):
+        batch = _masked_target(_mixed_batch(rng, 1 + i % 5), terms)
+        other = _masked_target(_mixed_batch(rng, 1 + i % 7), terms)
+        if i % 2:  # the same samples, otherwise labelled: the gradients oppose each other
+            batch = batch._replace(target_weight=np.zeros_like(batch.target_weight))
+            other = batch._replace(labels=(batch.labels + 1) % (CAPACITY - 1))
+        opposed += float(engine.gradient(batch) @ engine.gradient(other)) < 0
+        expected = reference_engine.step(batch, other)
+        assert engine.step(batch, other) == pytest.approx(expected, rel=1e-5)
+        assert np.abs(engine.theta - reference_engine.theta).max() < 1e-5
+    assert opposed > 3
+
+
+def test_a_malformed_reference_is_refused_and_changes_nothing(make):
+    engine = make(replace(GENTLE, loss=TERMS["mse"]))
+    before = engine.state()
+    for name in ("empty", "narrow latents", "label past capacity"):
+        with pytest.raises(EngineError):
+            engine.step(GOOD, BAD_BATCHES[name])
+    with np.errstate(all="ignore"), pytest.raises(EngineError):
+        engine.step(GOOD, BAD_BATCHES["one nan"])
+    assert _same(engine.state(), before)
+
+
+def test_a_batch_may_be_given_away_at_once(make):
+    """The engine keeps no view of a batch: what the caller does with it afterwards is its own."""
+    engine, twin = make(), make()
+    for seed in range(20):
+        batch = _toy_batch(seed=seed)
+        strided = batch._replace(latents=np.repeat(batch.latents, 2, axis=0)[::2])
+        engine.step(strided)
+        strided.latents[:] = NAN
+        twin.step(_toy_batch(seed=seed))
+    assert np.array_equal(engine.theta, twin.theta)
 
 
 # Opening

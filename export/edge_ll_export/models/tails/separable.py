@@ -48,5 +48,5 @@ class SeparableTail(nn.Module):
         h = sample_norm(z if z.dim() == 4 else z.unsqueeze(3))
         for depthwise, pointwise in zip(self.depthwise, self.pointwise, strict=True):
             h = torch.relu(pointwise(torch.relu(depthwise(h))))
-        logits: Tensor = self.head(h.flatten(2).mean(dim=2))
+        logits: Tensor = self.head(h.mean(dim=(2, 3)))
         return logits
