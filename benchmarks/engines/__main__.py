@@ -107,7 +107,7 @@ def _exported(options: argparse.Namespace, files: Files, pythons: Pythons) -> di
 def _timed(options: argparse.Namespace, threads: int, files: Files, pythons: Pythons) -> Timed:
     """Step times of every tail and batch, the GEMM peaks, and what is installed."""
     plan = Plan(rounds=options.rounds, steps=options.steps)
-    exported = files.index()["tails"]
+    index = files.index()
     with ExitStack() as stack:
         workers = {}
         for name in options.engines:
@@ -116,13 +116,14 @@ def _timed(options: argparse.Namespace, threads: int, files: Files, pythons: Pyt
             workers[name] = stack.enter_context(closing(worker))
         timed = Timed(installed=about(workers), gflops=gemm_gflops(workers))
         for tail in options.tails:
-            sizes = options.batches if tail in exported else []
+            failed = index["reasons"].get(tail, {})
+            able = {name: worker for name, worker in workers.items() if name not in failed}
             timed.results[tail] = {}
-            for batch in sizes:
-                timed.results[tail][batch] = measure(workers, tail, batch, plan)
+            for batch in options.batches if tail in index["tails"] else []:
+                timed.results[tail][batch] = measure(able, tail, batch, plan)
                 sys.stderr.write(f"measured: {tail}, batch {batch}, threads {threads}\n")
     _told(report.times_table(timed, threads))
-    _told(report.share_table(timed, exported, threads))
+    _told(report.share_table(timed, index["tails"], threads))
     return timed
 
 

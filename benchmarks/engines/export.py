@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.engines.cases import TAILS, VARIANTS, TailCase
 from benchmarks.engines.peer_graph import export_peer
-from benchmarks.engines.port import GEMM_SIZE, STUDENT, Arrays, Files
+from benchmarks.engines.port import GEMM_SIZE, STUDENT, Arrays, Files, reason
 from benchmarks.engines.student import build_student, recipe
 from edge_ll.bundle import BACKBONE, STEP, TAIL, THETA, write_bundle
 from edge_ll.engine import MASKED
@@ -82,7 +82,7 @@ class Exporter:
             try:
                 made = _made(TAILS[name])
             except (AttributeError, TypeError, ValueError) as error:
-                self._reasons[name] = {"all engines": f"edge_ll_export: {error}"}
+                self._reasons[name] = {"all engines": reason(error)}
             else:
                 self._export(made, sizes)
         index = {
@@ -129,11 +129,11 @@ class Exporter:
             graph = export_step_graph(tail, made.latent, LEARNER.optimizer)
             of_engine["step-graph"] = {STEP: graph}
         except EdgeLLError as error:
-            reasons["step_graph"] = str(error)
+            reasons["step_graph"] = reason(error)
         try:
             of_engine["ort-training"] = export_ort_artifacts(tail, made.latent, LEARNER)
         except EdgeLLError as error:
-            reasons["ort_training"] = str(error)
+            reasons["ort_training"] = reason(error)
         for part in of_engine.values():
             files |= part
         manifest = _manifest(made, tuple(of_engine))
@@ -156,7 +156,7 @@ class Exporter:
             graph = export_peer(made.tail, made.latent, made.capacity, n)
             self._files.peer(made.name, n).write_bytes(graph)
         except EdgeLLError as error:
-            self._reasons[made.name]["onnxsim"] = str(error)
+            self._reasons[made.name]["onnxsim"] = reason(error)
         return _flops(made.tail, variants[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ Step = Callable[[int], float]
 """One whole training step on the batch of this number; the loss before it."""
 
 GEMM_SIZE = 1024
+REASON_CHARS = 300
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 STUDENT = "student"
 """The bundle with a whole student: what the memory is measured with."""
 
@@ -93,6 +96,16 @@ class Files:
         with np.load(self.stored_batches(tail, batch)) as stored:
             whole = dict(stored)
         return [{name: array[i] for name, array in whole.items()} for i in range(VARIANTS)]
+
+
+def reason(error: BaseException) -> str:
+    """One line that says why something failed: the error, and the cause at its root."""
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    chain = [error] if root is error else [error, root]
+    lines = (str(each).strip().splitlines() or [type(each).__name__] for each in chain)
+    return _COLOUR.sub("", "; ".join(line[0] for line in lines))[:REASON_CHARS]
 
 
 def make_runner(engine: str, threads: int, files: Files) -> Runner:

@@ -24,10 +24,9 @@ from time import perf_counter, perf_counter_ns
 from typing import Any, TextIO
 
 from benchmarks.engines.installed import disk_bytes, versions
-from benchmarks.engines.port import GEMM_SIZE, Files, Runner, Step, make_runner
+from benchmarks.engines.port import GEMM_SIZE, Files, Runner, Step, make_runner, reason
 
 _GEMM_RUNS = 20
-_REASON_CHARS = 300
 
 
 class Worker:
@@ -97,7 +96,7 @@ def main() -> None:
         try:
             answer = getattr(worker, request.pop("do"))(**request)
         except Exception as error:  # noqa: BLE001 - libraries raise many kinds; all are answers
-            answer = {"error": _reason(error)}
+            answer = {"error": reason(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -107,11 +106,6 @@ def _private_stdout() -> TextIO:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:_REASON_CHARS]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from benchmarks.engines.__main__ import bench, parse
 from benchmarks.engines.cases import ENGINES, TAILS
 from benchmarks.engines.coordinator import CaseResult, Plan, measure, rotated
 from benchmarks.engines.installed import closure, disk_bytes
+from benchmarks.engines.port import reason
 from benchmarks.engines.process import ROOT, EngineFailed, WorkerProcess
 
 PLAN = Plan(rounds=3, steps=4, warmup=1)
@@ -127,6 +128,13 @@ def test_a_reason_stands_once():
     again = CaseResult(reasons={"onnxsim": "no rule"})
     timed = {2: report.Timed(results={"mlp": {1: again, 16: again}})}
     assert report.reasons(timed, {"mlp": {}}) == {"mlp, onnxsim": "no rule"}
+
+
+def test_a_reason_is_one_line_with_the_root_of_the_error():
+    error = RuntimeError("\x1b[96mcannot\x1b[0m export\nlong story")
+    error.__cause__ = ValueError("no rule for Foo\nsecond line")
+    assert reason(error) == "cannot export; no rule for Foo"
+    assert reason(KeyError()) == "KeyError"
 
 
 def test_every_tail_of_the_table_can_be_shown():
