@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -34,6 +35,18 @@ class CpuUse(NamedTuple):
         """Of the machine's CPU time since then, the share that went to others."""
         others = (self.busy_s - since.busy_s) - (self.ours_s - since.ours_s)
         return max(0.0, others / max(self.all_s - since.all_s, 1e-9))
+
+
+def waited_ns() -> int:
+    """Nanoseconds that the threads of this process were ready to run, and others ran; so far.
+
+    0 on a kernel that does not tell (no ``/proc/*/schedstat``).
+    """
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            total += int(path.read_text(encoding="ascii").split()[1])
+    return total
 
 
 def describe() -> dict[str, str | int]:

@@ -52,6 +52,7 @@ def summary(
         "gemm_share_one_thread": gemm_share(one, tails) if one else None,
         "gemm_gflops": {str(threads): run.gflops for threads, run in timed.items()},
         "compile_s": _compile_s(timed[most]),
+        "disturbed": {str(threads): _disturbed(run) for threads, run in timed.items()},
         "versions": {name: cost.get("versions") for name, cost in costs.items()},
     }
 
@@ -101,6 +102,15 @@ def _compile_s(timed: Timed) -> dict[str, dict[str, float]]:
     }
 
 
+def _disturbed(timed: Timed) -> dict[str, list[int]]:
+    """The cases without enough quiet rounds."""
+    found = {
+        tail: [n for n, result in cases.items() if result.disturbed]
+        for tail, cases in timed.results.items()
+    }
+    return {tail: sizes for tail, sizes in found.items() if sizes}
+
+
 def reasons(
     timed: Mapping[int, Timed], exported: Mapping[str, Mapping[str, str]]
 ) -> dict[str, str]:
@@ -135,14 +145,15 @@ def times_table(timed: Timed, threads: int) -> str:
             rows.append(
                 [
                     tail,
-                    str(n),
+                    f"{n}{'*' if result.disturbed else ''}",
                     *(_cell(row[name], 3) for name in ENGINES),
                     "-" if ratio is None else f"{ratio:.2f}x",
                     _cell(compiled, 1),
                 ]
             )
     head = ["tail", "batch", *ENGINES, "torch / step graph", "compile s"]
-    return f"median ms a step, threads: {threads}\n" + table(head, rows)
+    title = f"median ms a step, threads: {threads} (* others were on the processors meanwhile)\n"
+    return title + table(head, rows)
 
 
 def share_table(timed: Timed, tails: Mapping[str, Any], threads: int) -> str:

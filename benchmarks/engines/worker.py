@@ -6,9 +6,10 @@
 |---|---|
 | ``{"do": "about"}`` | versions, and bytes on disk with everything that is needed |
 | ``{"do": "open", "tail": t, "batch": n}`` | seconds until the first step was done, its loss |
-| ``{"do": "steps", "count": k, "warmup": w}`` | nanoseconds of each of the k steps, the last loss |
+| ``{"do": "steps", "count": k, "warmup": w}`` | nanoseconds of each of the k steps, last loss, wait |
 | ``{"do": "gemm"}`` | GFLOP/s of a large product, or null |
 
+The wait is the share of the steps' time in which threads were ready and others had the processors.
 Whatever fails is answered with ``{"error": reason}``. Libraries that print do so on standard error.
 """
 
@@ -24,6 +25,7 @@ from time import perf_counter, perf_counter_ns
 from typing import Any, TextIO
 
 from benchmarks.engines.installed import disk_bytes, versions
+from benchmarks.engines.machine import waited_ns
 from benchmarks.engines.port import GEMM_SIZE, Files, Runner, Step, make_runner, reason
 
 _GEMM_RUNS = 20
@@ -59,19 +61,24 @@ class Worker:
         """Steps one after the other; the first ones warm the caches and are not in the answer."""
         if self._step is None:
             raise RuntimeError("no tail is open")
-        step, first = self._step, self._done
+        step, first = self._step, self._done + warmup
         loss, times = 0.0, []
         gc.collect()
         gc.disable()
         try:
-            for i in range(first, first + warmup + count):
+            for i in range(self._done, first):
+                step(i)
+            waited = waited_ns()
+            for i in range(first, first + count):
                 began = perf_counter_ns()
                 loss = step(i)
                 times.append(perf_counter_ns() - began)
+            waited = waited_ns() - waited
         finally:
             gc.enable()
         self._done += warmup + count
-        return {"ns": times[warmup:], "loss": loss}
+        share = waited / (sum(times) * self._threads)
+        return {"ns": times, "loss": loss, "waited_share": share}
 
     def gemm(self) -> dict[str, Any]:
         """The best of some runs: a peak."""

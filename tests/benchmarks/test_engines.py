@@ -20,8 +20,9 @@ PLAN = Plan(rounds=3, steps=4, warmup=1)
 class Scripted:
     """An engine whose steps take a fixed time; it can fail at an action, or compute nonsense."""
 
-    def __init__(self, log, name, *, ms=1.0, loss=2.0, later=1.5, fails=None):
+    def __init__(self, log, name, *, ms=1.0, loss=2.0, later=1.5, fails=None, waited=()):
         self._log, self._name, self._ms = log, name, ms
+        self._waited = iter(waited)
         self._losses, self._fails = {"open": loss, "steps": later}, fails
 
     def ask(self, do, **arguments):
@@ -31,7 +32,9 @@ class Scripted:
         answer = {"loss": self._losses[do]}
         if do == "open":
             return answer | {"ready_s": 0.5}
-        return answer | {"ns": [int(self._ms * 1e6)] * arguments["count"]}
+        waited = next(self._waited, 0.0)
+        ms = self._ms * (100 if waited else 1)
+        return answer | {"ns": [int(ms * 1e6)] * arguments["count"], "waited_share": waited}
 
 
 def scripted(**engines):
@@ -75,6 +78,26 @@ def test_torch_is_the_faster_of_its_optimizers():
     row = report.times(report.Timed(results={"mlp": {16: result}}))["mlp"]["16"]
     assert (row["torch"], row["torch_over_step_graph"]) == (2.0, 2.0)
     assert row["onnxsim"] is None
+
+
+def test_a_round_in_which_an_engine_waited_for_a_processor_is_repeated():
+    workers, log = scripted(torch_fused={"waited": [0.0, 0.5, 0.0]}, step_graph={})
+    result = measure(workers, "mlp", 16, PLAN)
+    assert result.ms("torch_fused") == 1.0
+    assert not result.disturbed
+    assert log.count(("torch_fused", "steps")) == log.count(("step_graph", "steps")) == 4
+    assert [len(rounds) for rounds in result.rounds_ms.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(("waited", "turns"), [([0.5] * 9, 3), ([0.0] + [0.5] * 8, 9)])
+def test_a_machine_that_is_never_quiet_long_enough_is_told(waited, turns):
+    workers, log = scripted(torch_fused={"waited": waited}, step_graph={})
+    result = measure(workers, "mlp", 16, PLAN)
+    assert result.disturbed
+    assert len(result.rounds_ms["step_graph"]) == 3
+    assert log.count(("step_graph", "steps")) == turns
+    timed = report.Timed(results={"mlp": {16: result}})
+    assert "16*" in report.times_table(timed, 2)
 
 
 @pytest.mark.parametrize("action", ["open", "steps"])
