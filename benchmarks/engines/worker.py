@@ -6,7 +6,7 @@
 |---|---|
 | ``{"do": "about"}`` | versions, and bytes on disk with everything that is needed |
 | ``{"do": "open", "tail": t, "batch": n}`` | seconds until the first step was done, its loss |
-| ``{"do": "steps", "count": k, "warmup": w}`` | nanoseconds of each of the k steps, last loss, wait |
+| ``{"do": "steps", "count": k, "warmup": w}`` | nanoseconds of each of k steps, last loss, wait |
 | ``{"do": "gemm"}`` | GFLOP/s of a large product, or null |
 
 The wait is the share of the steps' time in which threads were ready and others had the processors.
