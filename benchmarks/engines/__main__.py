@@ -91,7 +91,9 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     _told(f"{found['seconds']} s; other processes used {100 * others:.0f} % of the machine")
     if others > BUSY:
-        _told("WARNING: the machine was busy; caches are shared even where no * stands. Repeat when idle.")
+        _told(
+            "WARNING: the machine was busy: caches are shared even without a *. Repeat when idle."
+        )
     return found
 
 
