@@ -17,7 +17,8 @@ def measure() -> dict[str, Any] | None:
     """``{"speedup": float32 time / int8 time, "acc_change": int8 - float32}``, or None."""
     if find_spec(_MODULE) is None:
         return None
-    measured: dict[str, Any] = importlib.import_module(_MODULE).measure_speed()
+    speed = getattr(importlib.import_module(_MODULE), "measure_speed", None)
+    measured: dict[str, Any] | None = speed() if speed else None
     return measured
 
 
