@@ -1,6 +1,7 @@
 # make demo    set everything up and run the whole lifecycle on this machine
 # make test    set everything up and run all tests
 # make check   lint, types, import directions, and a wheel that installs
+# make bench-engines   measure the training engines; QUICK=1 for a first look
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv/bin
@@ -10,7 +11,8 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Tests that need neither torch nor the fleet; they run in both environments.
 DEVICE_TESTS := tests/contract tests/device $(wildcard tests/test_*.py)
 
-.PHONY: demo test check lint types wheel venv venv-device venv-device-ort clean
+.PHONY: demo test check lint types wheel bench-engines venv venv-device venv-device-ort \
+	venv-bench-onnxsim clean
 
 # ENGINE=ort-training runs the agents on onnxruntime-training; DATASET=fsdd learns spoken digits.
 ENGINE := step-graph
@@ -40,11 +42,19 @@ types: venv
 wheel: venv
 	PYTHON=$(VENV)/python sh tests/smoke/wheel.sh
 
+# QUICK=1 takes about a minute instead of ten.
+bench-engines: venv venv-device venv-device-ort venv-bench-onnxsim
+	$(VENV)/python -m benchmarks.engines $(if $(QUICK),$(BENCH_QUICK)) $(BENCH_OPTIONS)
+
+BENCH_QUICK := --tails linear pointwise --batches 16 --threads 2 --rounds 5 --memory-steps 200 --long-steps 0
+
 venv: .venv/ready.stamp
 
 venv-device: .venv-device/ready.stamp
 
 venv-device-ort: .venv-device-ort/ready.stamp
+
+venv-bench-onnxsim: .venv-bench-onnxsim/ready.stamp
 
 # One pip call each: the resolver then sees every requirement at once.
 .venv/ready.stamp: pyproject.toml
@@ -62,6 +72,13 @@ venv-device-ort: .venv-device-ort/ready.stamp
 	.venv-device-ort/bin/python $(PIP_INSTALL) -e ".[device-ort-training]"
 	touch $@
 
+# The peer of the benchmark, on the very runtime that the step graph has.
+.venv-bench-onnxsim/ready.stamp: .venv-device/ready.stamp
+	$(call make_venv,.venv-bench-onnxsim)
+	.venv-bench-onnxsim/bin/python $(PIP_INSTALL) onnxsim==0.8.1 \
+		$$($(DEVICE)/python -m pip freeze | grep -E '^(onnxruntime|numpy)==')
+	touch $@
+
 .venv-device/tests.stamp: .venv-device/ready.stamp
 	$(DEVICE)/python $(PIP_INSTALL) -e ".[device,test]"
 	touch $@
@@ -76,4 +93,4 @@ define make_venv
 endef
 
 clean:
-	rm -rf .venv .venv-device .venv-device-ort demo-out dist .coverage .coverage.*
+	rm -rf .venv .venv-device .venv-device-ort .venv-bench-onnxsim demo-out dist .coverage .coverage.*
