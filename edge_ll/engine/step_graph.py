@@ -22,7 +22,7 @@ from edge_ll.engine.port import (
     check_batch,
     check_theta,
 )
-from edge_ll.engine.runtime import RuntimeOptions, open_session, run, runtime_name
+from edge_ll.engine.runtime import RuntimeOptions, open_session, placement, run
 from edge_ll.errors import EngineError
 
 BETA1, BETA2 = 0.9, 0.999
@@ -47,7 +47,7 @@ class StepGraphEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return EngineInfo("step-graph", self._graphs.provider, runtime_name())
+        return self._graphs.info("step-graph", placement("step", self._step))
 
     @property
     def theta(self) -> Float32:
