@@ -88,6 +88,7 @@ def test_a_provider_in_the_build_that_does_not_load_is_an_error(gpu_build):
         _open("cuda")
     text = str(caught.value)
     assert "backbone.onnx" in text
+    assert "it needs an NVIDIA GPU" in text
     assert f"holds {CUDA}, {CPU}" in text
     assert 'add "cpu"' in text
 
@@ -98,6 +99,7 @@ def test_unless_the_cpu_follows_it_and_then_that_is_logged(gpu_build, caplog):
     (record,) = caplog.records
     assert record.message == "provider.passed_over"
     assert [reason.split()[0] for reason in record.reasons] == ["openvino", "cuda"]
+    assert 'pip install "edge-ll[device-openvino]"' in record.reasons[0]
 
 
 def test_a_provider_that_takes_no_node_is_not_what_runs(gpu_build):

@@ -37,7 +37,10 @@ def open_engine(
     wanted: EngineName = "step-graph" if name == "auto" else name
     if wanted not in bundle.manifest.engines:
         held = ", ".join(bundle.manifest.engines)
-        raise EngineError(f"{bundle.manifest.name} holds no engine {wanted!r}; it holds: {held}")
+        raise EngineError(
+            f"{bundle.manifest.name} holds no engine {wanted!r}; it holds: {held}. Name one of "
+            "these, or auto"
+        )
     options = RuntimeOptions(
         providers=providers,
         threads=threads,

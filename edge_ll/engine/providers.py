@@ -17,11 +17,13 @@ class Provider(NamedTuple):
     Attributes:
         ort_name: ONNX Runtime's name for it.
         options: Its options in ONNX Runtime's words, for a number of threads.
-        needs: What must be installed, for people.
+        extra: Of this distribution: what brings it.
+        needs: What the machine must have to load it, for people.
     """
 
     ort_name: str
     options: Callable[[int], dict[str, str]]
+    extra: str
     needs: str
 
 
@@ -37,14 +39,17 @@ def _openvino(threads: int) -> dict[str, str]:
 
 
 PROVIDERS: Mapping[str, Provider] = {
-    "cpu": Provider("CPUExecutionProvider", lambda _: {}, "onnxruntime"),
+    "cpu": Provider("CPUExecutionProvider", lambda _: {}, "device", "nothing else"),
     # TF32 rounds the factors of a product to ten bits, which gradients do not forgive.
     "cuda": Provider(
         "CUDAExecutionProvider",
         lambda _: {"use_tf32": "0"},
-        "onnxruntime-gpu, an NVIDIA GPU with its driver, CUDA and cuDNN",
+        "device-cuda",
+        "an NVIDIA GPU with its driver, CUDA and cuDNN",
     ),
-    "openvino": Provider("OpenVINOExecutionProvider", _openvino, "onnxruntime-openvino"),
+    "openvino": Provider(
+        "OpenVINOExecutionProvider", _openvino, "device-openvino", "an x86-64 processor"
+    ),
 }
 """By the name that configurations use."""
 

@@ -86,7 +86,11 @@ def open_session(name: str, model: bytes, options: RuntimeOptions) -> Any:
     reasons, refused = [], False
     for wanted in options.providers:
         if wanted not in here:
-            reasons.append(f"{wanted} is not in this build (it needs {PROVIDERS[wanted].needs})")
+            extra = PROVIDERS[wanted].extra
+            reasons.append(
+                f'{wanted} is not in this build (run: pip install "edge-ll[{extra}]" in a venv of '
+                "its own)"
+            )
             continue
         try:
             session = _session(model, wanted, options)
@@ -167,7 +171,10 @@ def _session(model: bytes, wanted: str, options: RuntimeOptions) -> Any:
 def _lacking(where: Placement, wanted: str) -> str | None:
     """Why a session does not run on the wanted provider; None where it does."""
     if where.provider != PROVIDERS[wanted].ort_name:
-        return f"{wanted} is in this build but did not load (it needs {PROVIDERS[wanted].needs})"
+        return (
+            f"{wanted} is in this build but did not load (it needs {PROVIDERS[wanted].needs}; the "
+            "runtime's log says more)"
+        )
     if where.placed == 0 and where.nodes:
         return f"{wanted} took none of the graph's {where.nodes} nodes"
     return None
