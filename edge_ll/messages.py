@@ -149,6 +149,18 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     n: Index
 
 
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one graph really runs: ``placed`` of its ``nodes`` on the provider, others on the CPU.
+
+    Both are null where the runtime does not tell.
+    """
+
+    graph: Name
+    provider: Name
+    nodes: Index | None = None
+    placed: Index | None = None
+
+
 class Status(Message, frozen=True, kw_only=True):
     """Is the agent connected? Also the last will: the broker then says ``online = false``."""
 
@@ -164,6 +176,7 @@ class Birth(Message, frozen=True, kw_only=True):
     """Who the agent is; sent at each connection and each switch of bundles.
 
     ``engine``, ``provider`` and ``runtime`` say what really runs: ``none`` without a bundle.
+    ``provider`` names each one in use, ``placements`` says it graph by graph.
     """
 
     suffix: ClassVar[str] = "birth"
@@ -178,6 +191,7 @@ class Birth(Message, frozen=True, kw_only=True):
     machine: Name
     rss_bytes: Index
     bundle: BundleRef | None = None
+    placements: tuple[Placement, ...] = ()
 
 
 class Report(Message, frozen=True, kw_only=True):

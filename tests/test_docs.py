@@ -36,7 +36,7 @@ PAGES = sorted(
 )
 
 MESSAGES = (*messages.FROM_DEVICE, *messages.TO_DEVICE)
-PARTS = (messages.BundleRef, messages.Evidence)
+PARTS = (messages.BundleRef, messages.Evidence, messages.Placement)
 
 LIMITS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}"}
 PLAIN = {str: "text", int: "integer", float: "number", bool: "true or false", bytes: "bytes"}

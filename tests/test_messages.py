@@ -26,6 +26,10 @@ EXAMPLES = (
     m.Birth(
         session=SESSION, agent_version="0.1.0", engine="step-graph", provider="cpu",
         runtime="onnxruntime 1.20", python="3.11", machine="aarch64", rss_bytes=1, bundle=BUNDLE,
+        placements=(
+            m.Placement(graph="backbone", provider="cpu"),
+            m.Placement(graph="step", provider="cuda", nodes=94, placed=90),
+        ),
     ),
     m.Birth(
         session=SESSION, agent_version="0.1.0", engine="none", provider="none", runtime="none",

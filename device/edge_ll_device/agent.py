@@ -15,7 +15,17 @@ from pathlib import Path
 
 from edge_ll import __version__
 from edge_ll.errors import ProtocolError, TransportError
-from edge_ll.messages import Address, Birth, Chunk, Command, Message, Offer, Status, UpdateRequest
+from edge_ll.messages import (
+    Address,
+    Birth,
+    Chunk,
+    Command,
+    Message,
+    Offer,
+    Placement,
+    Status,
+    UpdateRequest,
+)
 from edge_ll.transport import Message as Received
 from edge_ll.transport import Transport, Will
 from edge_ll_device.config import AgentConfig
@@ -190,6 +200,7 @@ class Agent:
                 machine=f"{platform.system()} {platform.machine()}",
                 rss_bytes=peak_rss_bytes(),
                 bundle=student.ref if student else None,
+                placements=_placements(student) if student else (),
             )
         )
 
@@ -264,6 +275,7 @@ class Agent:
                 "engine": info.name,
                 "provider": info.provider,
                 "runtime": info.runtime,
+                "placements": _placements(student),
                 "classes": [
                     student.bundle.manifest.labels[c] for c in student.learner.known_classes
                 ],
@@ -282,3 +294,8 @@ class Agent:
         if self._config.stream is None:
             return "no: no stream is configured"
         return "yes: the stream goes on" if self._next is not None else "no: the stream has ended"
+
+
+def _placements(student: Student) -> tuple[Placement, ...]:
+    """What the engine says about each of its graphs, as messages carry it."""
+    return tuple(Placement(**p._asdict()) for p in student.learner.engine.info.placements)

@@ -9,12 +9,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
 from edge_ll import config
 from edge_ll.terminal import FAILED, OK, add_common, run_verb
+from edge_ll_device.config import Provider
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -68,6 +69,10 @@ def _bundle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="a signed bundle")
     parser.add_argument("--trust", type=Path, required=True, help="public key (*.pub)")
     parser.add_argument("--engine", choices=("auto", "step-graph", "ort-training"), default="auto")
+    parser.add_argument(
+        "--provider", action="append", choices=get_args(Provider), dest="providers",
+        help="execution provider; again for the next best (cpu)",
+    )  # fmt: skip
     parser.add_argument("--threads", type=_at_least(1), default=1)
     parser.add_argument("--seed", type=_at_least(0), default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -190,7 +195,12 @@ def _student(arguments: argparse.Namespace, *, replay: bool) -> Student:
 
     trust = TrustStore.from_file(arguments.trust)
     bundle = Bundle.open(arguments.bundle, trust)
-    engine = open_engine(bundle, arguments.engine, threads=arguments.threads)
+    engine = open_engine(
+        bundle,
+        arguments.engine,
+        providers=tuple(arguments.providers or ("cpu",)),
+        threads=arguments.threads,
+    )
     return Student(bundle, engine, LearningConfig(replay=replay, seed=arguments.seed))
 
 
@@ -198,7 +208,8 @@ def _plain(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}={_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return " ".join(_plain(item) for item in value)
+        apart = "; " if any(isinstance(item, dict) for item in value) else " "
+        return apart.join(_plain(item) for item in value)
     if isinstance(value, float):
         return f"{value:.4g}"
     return "-" if value is None else str(value)

@@ -11,6 +11,7 @@ from edge_ll.config import Section
 
 Name = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Meta(ge=1)]
+Provider = Literal["cpu", "cuda", "openvino"]
 
 
 class BrokerConfig(Section, frozen=True, kw_only=True):
@@ -21,12 +22,14 @@ class BrokerConfig(Section, frozen=True, kw_only=True):
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True):
-    """How the student runs."""
+    """How the student runs; see :class:`edge_ll.engine.runtime.RuntimeOptions`."""
 
     engine: Literal["auto", "step-graph", "ort-training"] = "auto"
-    providers: tuple[Literal["cpu", "cuda"], ...] = ("cpu",)
+    providers: tuple[Provider, ...] = ("cpu",)
     threads: Count = 1
     spinning: bool = False
+    arena: Annotated[bool, Meta(description="all graphs share one pool of memory")] = True
+    arena_limit_bytes: Annotated[int, Meta(ge=0, description="limit of the pool; 0: none")] = 0
 
 
 class LearningConfig(Section, frozen=True, kw_only=True):

@@ -163,6 +163,8 @@ class Deployment:
             providers=runtime.providers,
             threads=runtime.threads,
             spinning=runtime.spinning,
+            arena=runtime.arena,
+            arena_limit_bytes=runtime.arena_limit_bytes,
         )
         try:
             student = Student(bundle, engine, self._config.learning)

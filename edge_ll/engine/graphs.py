@@ -7,8 +7,14 @@ from typing import Any
 import numpy.typing as npt
 
 from edge_ll.bundle import BACKBONE, TAIL, Bundle
-from edge_ll.engine.port import Float32
-from edge_ll.engine.runtime import RuntimeOptions, open_session, run
+from edge_ll.engine.port import EngineInfo, Float32, Placement
+from edge_ll.engine.runtime import (
+    RuntimeOptions,
+    open_session,
+    placement,
+    run,
+    runtime_name,
+)
 
 
 class InferenceGraphs:
@@ -18,11 +24,15 @@ class InferenceGraphs:
         self._backbone = open_session(BACKBONE, bundle.read(BACKBONE), options)
         self._tail = open_session(TAIL, bundle.read(TAIL), options)
 
-    @property
-    def provider(self) -> str:
-        """The execution provider that was chosen."""
-        name: str = self._backbone.get_providers()[0]
-        return name
+    def info(self, engine: str, training: Placement) -> EngineInfo:
+        """What really runs: the backbone, and what an engine trains the tail with."""
+        placements = (
+            placement("backbone", self._backbone),
+            placement("tail", self._tail),
+            training,
+        )
+        providers = dict.fromkeys(item.provider for item in placements)
+        return EngineInfo(engine, ", ".join(providers), runtime_name(), placements)
 
     def latents(self, x: npt.NDArray[Any]) -> Float32:
         """Raw inputs [N, *input] to float32 [N, *latent]."""

@@ -21,6 +21,7 @@ from edge_ll.engine.port import (
     EngineInfo,
     EngineState,
     Float32,
+    Placement,
     check_anchor,
     check_batch,
     check_reference,
@@ -91,7 +92,7 @@ class OrtTrainingEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return EngineInfo("ort-training", self._graphs.provider, runtime_name())
+        return self._graphs.info("ort-training", Placement("training", "CPUExecutionProvider"))
 
     @property
     def theta(self) -> Float32:

@@ -38,12 +38,29 @@ class Batch(NamedTuple):
     target_weight: Float32
 
 
+class Placement(NamedTuple):
+    """Where one graph really runs.
+
+    Attributes:
+        graph: Its name.
+        provider: Execution provider, in the runtime's words.
+        nodes: Nodes of the graph as the runtime runs it; None where the runtime does not tell.
+        placed: Of these, on the provider; the others run on the CPU.
+    """
+
+    graph: str
+    provider: str
+    nodes: int | None = None
+    placed: int | None = None
+
+
 class EngineInfo(NamedTuple):
-    """What really runs, for people."""
+    """What really runs, for people: ``placements`` says it graph by graph."""
 
     name: str
     provider: str
     runtime: str
+    placements: tuple[Placement, ...] = ()
 
 
 class EngineState(NamedTuple):

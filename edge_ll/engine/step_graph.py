@@ -27,7 +27,7 @@ from edge_ll.engine.port import (
     check_reference,
     check_theta,
 )
-from edge_ll.engine.runtime import RuntimeOptions, open_session, run, runtime_name
+from edge_ll.engine.runtime import RuntimeOptions, open_session, placement, run
 from edge_ll.errors import EngineError
 from edge_ll.manifest import LearnerDefaults
 
@@ -82,7 +82,7 @@ class StepGraphEngine:
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return EngineInfo("step-graph", self._graphs.provider, runtime_name())
+        return self._graphs.info("step-graph", placement("step", self._step.session))
 
     @property
     def theta(self) -> Float32:

@@ -510,6 +510,19 @@ def test_the_will_says_offline_for_this_session(tmp_path):
     assert will.retain
 
 
+def test_the_birth_says_graph_by_graph_what_runs(broker, fleet, tmp_path):
+    with _running(broker, _config(tmp_path / "state", _stream(tmp_path))):
+        fleet.wait_for(lambda f: f.of(Birth))
+        fleet.offer(_bundle(tmp_path))
+        fleet.wait_for(lambda f: f.of(Birth)[-1].bundle)
+    before, after = fleet.of(Birth)[0], fleet.of(Birth)[-1]
+    assert before.placements == ()
+    assert after.provider == "CPUExecutionProvider"
+    assert [(item.graph, item.provider) for item in after.placements] == [
+        ("backbone", after.provider), ("tail", after.provider), ("step", after.provider),
+    ]  # fmt: skip
+
+
 def test_the_status_file_says_what_a_person_asks(broker, fleet, tmp_path):
     config = _config(tmp_path / "state", _stream(tmp_path))
     with _running(broker, config):
@@ -519,6 +532,7 @@ def test_the_status_file_says_what_a_person_asks(broker, fleet, tmp_path):
     status = read_status(tmp_path / "state")
     assert status["bundle"] == "toy 1"
     assert status["engine"] == "step-graph"
+    assert [item["graph"] for item in status["placements"]] == ["backbone", "tail", "step"]
     assert status["classes"] == ["ash", "birch", "cedar", "dogwood"]
     assert status["replay_entries"] == 60
     assert status["tally"]["seen"] == 120

@@ -309,6 +309,34 @@ def test_run_says_what_stops_it(place, changes, words):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "ort-training"], ["holds no engine 'ort-training'", "step-graph"]),
+        (["--provider", "cuda"], ["cuda is not in this build", "CPUExecutionProvider", '"cpu"']),
+    ],
+)
+def test_what_cannot_run_here_is_said_in_one_line(run, place, monkeypatch, options, words):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    code, out, err = run(*place.args("predict", "--input", "x.npy", *options))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+def test_the_next_provider_is_taken_where_the_first_is_not_here(run, place, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    more = ("--provider", "cuda", "--provider", "cpu", "--json")
+    code, out, _ = run(*place.args("predict", "--input", "x.npy", *more))
+    assert code == 0
+    assert len(json.loads(out)["predictions"]) == 6
+
+
 def test_status_before_the_first_run(run, place):
     code, out, err = run("status", "--config", place.config(state_dir='"nowhere"'), "--json")
     assert (code, out) == (2, "")
@@ -320,7 +348,9 @@ def test_status_for_people_and_machines(run, place):
     from tests.tiny_bundle import TRUST
 
     status = {"device": "hub", "bundle": None, "classes": ["a", "b"], "anchors": {"base": [3, 4]}}
-    Store(place.folder / "state", TRUST).save_status({**status, "rate": 0.123456})
+    where = [{"graph": "tail", "placed": 9}, {"graph": "step", "placed": 90}]
+    status |= {"rate": 0.123456, "placements": where}
+    Store(place.folder / "state", TRUST).save_status(status)
     code, out, _ = run("status", "--config", place.config(), "--json")
     assert code == 0
     assert json.loads(out)["anchors"] == {"base": [3, 4]}
@@ -330,6 +360,7 @@ def test_status_for_people_and_machines(run, place):
     assert lines["bundle"] == "-"
     assert lines["classes"] == "a b"
     assert lines["rate"] == "0.1235"
+    assert lines["placements"] == "graph=tail, placed=9; graph=step, placed=90"
 
 
 def test_help_and_version(run):
