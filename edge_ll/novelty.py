@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 
+_BASIS_SAMPLES = 2000  # for the leading directions; large latents make the decomposition slow
+
 
 class NoveltyReference(NamedTuple):
     """What the device needs to score latents.
@@ -78,8 +80,9 @@ def fit_novelty(
     means = np.stack([flat[labels == label].mean(axis=0) for label in classes])
     within = flat - means[np.searchsorted(classes, labels)]
     # All directions that vary: by total covariance, so that the classes stay apart, then whitened
-    # by the covariance within classes.
-    _, _, basis = np.linalg.svd(flat - center, full_matrices=False)
+    # by the covariance within classes. Many samples say no more than some: take them evenly.
+    some = np.unique(np.linspace(0, len(flat) - 1, _BASIS_SAMPLES).astype(np.int64))
+    _, _, basis = np.linalg.svd(flat[some] - center, full_matrices=False)
     basis = basis[: min(directions, len(basis))].T
     covariance = np.cov(within @ basis, rowvar=False).reshape(basis.shape[1], basis.shape[1])
     covariance += np.eye(len(covariance)) * (1e-3 * np.trace(covariance) / len(covariance) + 1e-9)

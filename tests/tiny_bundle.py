@@ -373,7 +373,7 @@ TAILS = {
     "pointwise": TailCase("pointwise", (6, 5), (6, 7)),
     "separable": TailCase("separable", (3, 10, 4), (5, 4)),
     "separable-1d": TailCase("separable", (3, 24), (5, 4)),
-    "transformer": TailCase("transformer", (5, 6), (8, 12)),
+    "transformer": TailCase("transformer", (6, 5), (8, 12)),
 }
 
 

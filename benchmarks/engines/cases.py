@@ -84,7 +84,7 @@ _ROWS = (
     TailCase(
         name="transformer",
         kind="TransformerTail",
-        latent=(32, 384),
+        latent=(384, 32),
         capacity=150,
         options={"hidden": (128, 256)},
         what="token states of MiniLM to the intents of CLINC150, block of width 128",

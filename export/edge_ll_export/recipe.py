@@ -26,8 +26,8 @@ NonNegative = Annotated[float, Meta(ge=0.0)]
 DatasetName = Literal["digits", "fsdd", "cifar10", "clinc150", "file"]
 BackboneKind = Literal["conv", "mobilenet", "resnet", "dscnn", "dscnn1d", "tcn", "mlp", "minilm"]
 TailKind = Literal["linear", "mlp", "pointwise", "separable", "transformer"]
-LatentAxes = Literal["D", "CT", "CHW", "TD"]
-"""Flat; channels over time; channels over a map; tokens (each a state)."""
+LatentAxes = Literal["D", "CT", "CHW"]
+"""Flat; channels over time, or states of tokens; channels over a map."""
 
 INPUT_KINDS: dict[DatasetName, InputKind] = {
     "digits": "image",
@@ -52,11 +52,11 @@ BACKBONE_KEYS: dict[BackboneKind, tuple[str, ...]] = {
     "minilm": ("layers", "pool"),
 }
 TAIL_AXES: dict[TailKind, tuple[LatentAxes, ...]] = {
-    "linear": ("D", "CT", "CHW", "TD"),
-    "mlp": ("D", "CT", "CHW", "TD"),
+    "linear": ("D", "CT", "CHW"),
+    "mlp": ("D", "CT", "CHW"),
     "pointwise": ("CT", "CHW"),
     "separable": ("CT", "CHW"),
-    "transformer": ("TD",),
+    "transformer": ("CT",),
 }
 
 
@@ -243,9 +243,7 @@ class Backbone(Section, frozen=True, kw_only=True):
         """What the axes of the latent are."""
         if self.pool or self.kind in {"conv", "mlp"}:
             return "D"
-        if self.kind in {"dscnn1d", "tcn"}:
-            return "CT"
-        return "TD" if self.kind == "minilm" else "CHW"
+        return "CT" if self.kind in {"dscnn1d", "tcn", "minilm"} else "CHW"
 
 
 class Tail(Section, frozen=True, kw_only=True):

@@ -39,7 +39,7 @@ CASES = {
     "coarse tcn": ("tcn", "window", SIZES | {"stride": 4, "pool": False}, (20, 6)),
     "pooled tcn": ("tcn", "window", SIZES | {"stride": 1, "pool": True}, (20,)),
     "mlp": ("mlp", "window", SIZES, (20,)),
-    "minilm": ("minilm", "text", {"layers": 2, "pool": False}, (9, 12)),
+    "minilm": ("minilm", "text", {"layers": 2, "pool": False}, (12, 9)),
     "pooled minilm": ("minilm", "text", {"layers": 1, "pool": True}, (12,)),
 }  # fmt: skip
 
@@ -249,9 +249,9 @@ def test_padding_takes_no_part():
     x[0, 4:] = 0
     with torch.no_grad():
         long, short = states(x), states(x[:, :4])
-        assert torch.allclose(long[:, :4], short, atol=1e-6)
-        assert (long[:, 4:] == 0).all()
-        assert torch.allclose(pooled(x), short.mean(dim=1), atol=1e-6)
+        assert torch.allclose(long[:, :, :4], short, atol=1e-6)
+        assert (long[:, :, 4:] == 0).all()
+        assert torch.allclose(pooled(x), short.mean(dim=2), atol=1e-6)
         assert torch.isfinite(pooled(torch.zeros_like(x))).all()
 
 

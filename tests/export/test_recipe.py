@@ -175,7 +175,10 @@ def test_a_convolutional_tail_needs_a_latent_with_positions(kind):
 def test_a_transformer_tail_needs_tokens_and_two_widths():
     raw = _own({"kind": "tcn", "channels": [8], "latent_channels": 4, "pool": False})
     raw["student"]["tail"] = {"kind": "transformer", "hidden": [8, 16]}
-    assert "a transformer tail needs a latent with axes TD" in _problems(raw)[0]
+    assert parse(raw, Recipe, source="recipe").student.tail.hidden == (8, 16)
+    raw["student"]["backbone"]["pool"] = True
+    assert "a transformer tail needs a latent with axes CT" in _problems(raw)[0]
+    raw["student"]["backbone"]["pool"] = False
     for hidden in ([8], [9, 16], [8, 16, 8]):
         raw["student"]["tail"]["hidden"] = hidden
         assert any("a multiple of 4" in problem for problem in _problems(raw))

@@ -69,11 +69,11 @@ class MiniLmBackbone(Backbone):
         self.layers = nn.ModuleList(
             TransformerLayer(width=width, hidden=hidden, heads=heads) for _ in range(layers)
         )
-        self.latent_shape = (width,) if pool else (length, width)
+        self.latent_shape = (width,) if pool else (width, length)
         self.requires_grad_(requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Token ids int64 ``[N, T]`` to float32 ``[N, T, D]``, or ``[N, D]``."""
+        """Token ids int64 ``[N, T]`` to float32 ``[N, D, T]``, or ``[N, D]``."""
         present = (x != PADDING).to(torch.float32)
         bias = ((1.0 - present) * _MASKED)[:, None, None, :]
         h: Tensor = self.words(x) + self.places.weight[: x.shape[1]] + self.kinds.weight[0]
@@ -82,8 +82,8 @@ class MiniLmBackbone(Backbone):
             h = layer(h, bias)
         h = h * present.unsqueeze(2)
         if self.pool:
-            h = h.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp_min(1.0)
-        return h
+            return h.sum(dim=1) / present.sum(dim=1, keepdim=True).clamp_min(1.0)
+        return h.transpose(1, 2)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class MiniLmBackbone(Backbone):
             if self.pool:
                 latents[rows] = part
             else:
-                latents[rows, : part.shape[1]] = part
+                latents[rows, :, : part.shape[2]] = part
         return latents
 
     def load_bert(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:

@@ -1,4 +1,4 @@
-"""A tail of one transformer block, for the token states of a text encoder."""
+"""A tail of one transformer block, for the token states of a text encoder or any sequence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TransformerTail(nn.Module):
     Tokens whose state is all zeros are padding: they are neither attended to nor averaged.
 
     Args:
-        latent_shape: ``(T, D)``, tokens and their states.
+        latent_shape: ``(C, T)``, the size of a state and how many tokens there are.
         hidden: Width of the block, a multiple of four, then of its inner layer.
         capacity: Number of logits.
     """
@@ -28,7 +28,7 @@ class TransformerTail(nn.Module):
         self, *, latent_shape: Sequence[int], hidden: Sequence[int], capacity: int
     ) -> None:
         super().__init__()
-        _tokens, states = latent_shape
+        states, _tokens = latent_shape
         width, inner = hidden
         self.project = nn.Linear(states, width)
         self.attention_norm = ChannelNorm(width)
@@ -42,9 +42,10 @@ class TransformerTail(nn.Module):
         self.head = nn.Linear(width, capacity)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Latents ``[N, T, D]`` to logits float32 ``[N, capacity]``."""
-        present = (z.abs().sum(dim=2) > 0).to(z.dtype)
-        h = self.project(z.flatten(0, 1))  # tokens of all samples in one axis, [N * T, width]
+        """Latents ``[N, C, T]`` to logits float32 ``[N, capacity]``."""
+        present = (z.abs().sum(dim=1) > 0).to(z.dtype)
+        tokens = z.transpose(1, 2).flatten(0, 1)  # of all samples in one axis, [N * T, C]
+        h = self.project(tokens)
         h = h + self._attend(self.attention_norm(h), present)
         h = h + self.outer(torch.relu(self.inner(self.inner_norm(h))))
         count = present.sum(dim=1, keepdim=True).clamp_min(1.0)
