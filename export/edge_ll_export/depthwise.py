@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnxscript import opset18 as op
 
-_COPY = 40  # what cutting into tiles costs, in multiplications for each output
+_COPY = 30  # what copying a number into a tile costs, in multiplications
 _TYPICAL_BATCH = 32
 _MOST_TILES = 8
 
@@ -92,10 +92,13 @@ class DepthwisePlan:
 
     @property
     def cost(self) -> float:
-        """Multiplications for each output, copies and the making of the matrix included."""
+        """Multiplications for each output, copies and the making of the matrix included.
+
+        It orders the plans as the clock does, but for near ties: docs/research/step-graph.md.
+        """
         inputs, outputs = self.matrix_shape
         making = math.prod(self.kernel) * inputs * outputs / (_TYPICAL_BATCH * math.prod(self.map))
-        return inputs + making + (0 if self.whole else _COPY)
+        return inputs + making + (0 if self.whole else _COPY * inputs / outputs)
 
     def backward(self) -> DepthwisePlan:
         """The plan that takes the output's gradient to the input's: the flipped kernel."""

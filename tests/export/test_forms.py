@@ -14,12 +14,12 @@ torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
 
 SHAPES = [
-    # channels, height, width, kernel height, kernel width
+    # channels (more than one: else it is no depthwise one), height, width, kernel height and width
     (2, 25, 5, 3, 3),
     (3, 8, 8, 3, 3),
     (2, 24, 1, 9, 1),
     (2, 7, 3, 5, 3),
-    (1, 4, 4, 1, 1),
+    (2, 4, 4, 1, 1),
     (4, 48, 6, 3, 3),
 ]
 
