@@ -25,7 +25,7 @@ class RuntimeConfig(Section, frozen=True, kw_only=True):
     """How the student runs; see :class:`edge_ll.engine.runtime.RuntimeOptions`."""
 
     engine: Literal["auto", "step-graph", "ort-training"] = "auto"
-    providers: tuple[Provider, ...] = ("cpu",)
+    providers: Annotated[tuple[Provider, ...], Meta(min_length=1)] = ("cpu",)
     threads: Count = 1
     spinning: bool = False
     arena: Annotated[bool, Meta(description="all graphs share one pool of memory")] = True

@@ -124,8 +124,12 @@ class Student:
         accepted = [sample for sample in samples if self._accept(sample)]
         if not accepted:
             return
-        latents = self.learner.encode(np.stack([sample.x for sample in accepted]))
-        predicted, confidence = self.learner.predict(latents)
+        try:
+            latents = self.learner.encode(np.stack([sample.x for sample in accepted]))
+            predicted, confidence = self.learner.predict(latents)
+        except EngineError as error:  # the runtime may lack the memory for these, not for fewer
+            self._refuse(len(accepted), str(error))
+            return
         finite = np.isfinite(confidence)  # finite inputs may still overflow in the graphs
         if not finite.all():
             self._refuse(int((~finite).sum()), "it overflows in the student")

@@ -94,7 +94,7 @@ class FakeEngine:
         clip = self._learner.clip_norm
         before = self._theta, self._m, self._v, self._steps
         self._apply((gradient * (clip / max(norm, clip))).astype(np.float32))
-        if not np.isfinite(self._theta @ self._theta):
+        if not np.isfinite(self._theta).all():
             self._theta, self._m, self._v, self._steps = before
             raise EngineError("step: θ overflowed and was brought back; lower the learning rate")
         return loss

@@ -24,12 +24,12 @@ class InferenceGraphs:
         self._backbone = open_session(BACKBONE, bundle.read(BACKBONE), options)
         self._tail = open_session(TAIL, bundle.read(TAIL), options)
 
-    def info(self, engine: str, training: Placement) -> EngineInfo:
+    def info(self, engine: str, *training: Placement) -> EngineInfo:
         """What really runs: the backbone, and what an engine trains the tail with."""
         placements = (
             placement("backbone", self._backbone),
             placement("tail", self._tail),
-            training,
+            *training,
         )
         providers = dict.fromkeys(item.provider for item in placements)
         return EngineInfo(engine, ", ".join(providers), runtime_name(), placements)

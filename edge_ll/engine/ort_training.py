@@ -140,15 +140,22 @@ class OrtTrainingEngine:
                     "the learning rate or look at the batch"
                 )
             before = self._theta
-            self._optimizer.optimizer_step()
+            self._optimize(before)
         finally:
             self._module.lazy_reset_grad()
         self._theta = self._read_theta()
-        if not np.isfinite(self._theta @ self._theta):
+        if not np.isfinite(self._theta).all():
             # The runtime updates in place: θ can be brought back, the moments begin anew.
             self.set_theta(before)
             raise EngineError("step: θ overflowed and was brought back; lower the learning rate")
         return loss
+
+    def _optimize(self, before: Float32) -> None:
+        try:
+            self._optimizer.optimizer_step()
+        except Exception as error:  # the runtime's exceptions share no base
+            self.set_theta(before)
+            raise EngineError(f"step: {error}; θ was brought back") from error
 
     def gradient(self, batch: Batch) -> Float32:
         """The loss's gradient, of which no step is made."""

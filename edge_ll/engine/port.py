@@ -73,7 +73,8 @@ class EngineState(NamedTuple):
 class Engine(Protocol):
     """A student on a runtime: frozen backbone, trainable tail with parameters θ.
 
-    A failed call leaves θ and the optimizer as they were.
+    A failed call leaves θ and the optimizer as they were; only onnxruntime-training, which updates
+    in place, begins its moments anew where a step made θ overflow.
     """
 
     @property

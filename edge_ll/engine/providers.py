@@ -1,6 +1,7 @@
 """Execution providers: their names here and in ONNX Runtime, and what each is told.
 
-A provider belongs into the table once its tests in ``tests/contract/test_providers.py`` pass.
+A provider belongs into the table once its tests in ``tests/contract/test_providers.py`` pass. For
+``cuda`` they are written and wait for a machine with a GPU: take it for experimental.
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ found finite. So a failed step changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
@@ -64,25 +66,42 @@ class StepGraphEngine:
         self._manifest = bundle.manifest
         self._graphs = InferenceGraphs(bundle, options)
         terms, size = self._manifest.learner.loss, self._manifest.theta_size
-        session = open_session(STEP, bundle.read(STEP), options)
-        anchor = {
-            name: _place(session, np.zeros(size, np.float32))
-            for name in (("anchor_centre", "anchor_weight") if terms.anchor else ())
-        }
-        self._sides = _Side.new(session, size), _Side.new(session, size)
-        self._anchor = anchor
-        self._step = self._projected = _BoundStep(session, self._sides, anchor)
-        if terms.projection:
-            projected = open_session(PROJECTED_STEP, bundle.read(PROJECTED_STEP), options)
-            self._projected = _BoundStep(projected, self._sides, anchor)
+        if len(self._manifest.latent.shape) == 1:
+            # The operators of a tail on flat latents are over before a second thread is awake.
+            options = msgspec.structs.replace(options, threads=1)
+        names = (STEP, PROJECTED_STEP) if terms.projection else (STEP,)
+        sessions = [open_session(name, bundle.read(name), options) for name in names]
+        where = {session.get_providers()[0] for session in sessions}
+        if len(where) > 1:
+            raise EngineError(
+                f"{' and '.join(names)} share one state, but run on {' and '.join(sorted(where))}; "
+                "name a provider that takes both"
+            )
+        anchor_names = ("anchor_centre", "anchor_weight") if terms.anchor else ()
+        try:
+            self._sides = _Side.new(sessions[0], size), _Side.new(sessions[0], size)
+            self._anchor = {
+                name: _place(sessions[0], np.zeros(size, np.float32)) for name in anchor_names
+            }
+            bound = [_BoundStep(session, self._sides, self._anchor) for session in sessions]
+        except Exception as error:  # the runtime's exceptions share no base
+            raise EngineError(f"{STEP} does not fit the manifest: {error}") from error
+        self._step, self._projected = bound[0], bound[-1]
         self._now = 0
         self._steps = 0
         self.set_theta(bundle.theta())
+        self._info = self._graphs.info(
+            "step-graph",
+            *(
+                placement(name.removesuffix(".onnx"), s)
+                for name, s in zip(names, sessions, strict=True)
+            ),
+        )
 
     @property
     def info(self) -> EngineInfo:
         """What really runs."""
-        return self._graphs.info("step-graph", placement("step", self._step.session))
+        return self._info
 
     @property
     def theta(self) -> Float32:
@@ -125,7 +144,7 @@ class StepGraphEngine:
         feeds[HYPER] = hyper_parameters(self._manifest.learner, self._steps + 1)
         loss, norm = step.run(feeds, self._now)
         theta = self._sides[1 - self._now].theta.numpy()
-        if not (np.isfinite(loss) and np.isfinite(norm) and np.isfinite(theta @ theta)):
+        if not (math.isfinite(loss) and math.isfinite(norm) and _is_finite(theta)):
             raise EngineError(
                 f"step: loss {loss}, gradient norm {norm}; expected finite values, in θ as well. "
                 "θ is unchanged; lower the learning rate or look at the batch"
@@ -141,11 +160,13 @@ class StepGraphEngine:
         hyper = np.array([0.0, 0.0, _NO_CLIP, 0.0, EPSILON], np.float32)
         anchor = {name: value.numpy() for name, value in self._anchor.items()}
         feeds = {**self._feeds(batch), **anchor, "theta": theta, "m": zero, "v": zero, HYPER: hyper}
-        moment: Float32 = run(self._step.session, ["m_out"], feeds)[0]
+        norm, moment = run(self._step.session, ["norm", "m_out"], feeds)
+        if not np.isfinite(norm):  # it clips even where it is not wanted
+            raise EngineError(
+                f"gradient: its norm is {norm}, expected a finite one; look at the batch"
+            )
         share = np.float32(1 - BETA1 if learner.optimizer == "adamw" else 1)
         gradient: Float32 = moment / share
-        if not np.isfinite(gradient).all():
-            raise EngineError("gradient: expected finite values; look at the batch")
         return gradient
 
     def state(self) -> EngineState:
@@ -228,6 +249,11 @@ class _BoundStep:
         except Exception as error:  # the runtime's exceptions share no base
             raise EngineError(f"step: {error}") from error
         return float(self._loss), float(self._norm)
+
+
+def _is_finite(vector: Float32) -> bool:
+    """Whether all values are; two passes without a copy."""
+    return bool(np.isfinite(vector.max()) and np.isfinite(vector.min()))
 
 
 def _place(session: Any, array: Float32) -> Any:

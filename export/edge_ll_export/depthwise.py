@@ -23,6 +23,7 @@ from onnxscript import opset18 as op
 _COPY = 30  # what copying a number into a tile costs, in multiplications
 _TYPICAL_BATCH = 32
 _MOST_TILES = 8
+_MOST_BYTES = 16 << 20  # a device holds it a few times in a step
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class DepthwisePlan:
         """The plan for a convolution of ``shape`` [N, C, H, W].
 
         Raises:
-            ValueError: It is not depthwise, or its output has another size than its input.
+            ValueError: It is not depthwise, its output has another size than its input, or the map
+                is too large.
         """
         channels, height, width = (int(axis) for axis in shape[1:])
         outputs, inputs, *kernel = (int(axis) for axis in weight_shape)
@@ -76,7 +78,14 @@ class DepthwisePlan:
             rows=height,
         )
         plans = [replace(plan, rows=rows) for rows in candidates if height // rows <= _MOST_TILES]
-        return min(plans, key=lambda p: p.cost)
+        best = min(plans, key=lambda p: p.cost)
+        if best.matrix_bytes > _MOST_BYTES:
+            raise ValueError(
+                f"a depthwise convolution on a map of {height} x {width} with {channels} channels "
+                f"would take a matrix of {best.matrix_bytes:,} bytes, expected at most "
+                f"{_MOST_BYTES:,}; take a smaller map, or one whose height has small divisors"
+            )
+        return best
 
     @property
     def whole(self) -> bool:
@@ -89,6 +98,11 @@ class DepthwisePlan:
         height, width = self.map
         taken = height if self.whole else self.rows + self.kernel[0] - 1
         return taken * width, self.rows * width
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of the banded matrices of all channels, in float32."""
+        return 4 * self.channels * math.prod(self.matrix_shape)
 
     @property
     def cost(self) -> float:

@@ -41,6 +41,7 @@ def decompositions() -> Any:
 def translations() -> Forms:
     """ONNX forms by torch operator, for torch's exporter."""
     return {
+        aten.addmm.default: linear,
         aten.threshold_backward.default: relu_gradient,
         aten.linalg_vector_norm.default: norm,
         aten.native_group_norm.default: group_norm,
@@ -56,9 +57,22 @@ def relu_gradient(gradient: Any, output: Any, threshold: float) -> Any:
     return op.Mul(gradient, op.HardSigmoid(output, alpha=_STEEP, beta=0.0))
 
 
-def norm(x: Any, _order: float = 2, *_: Any, **__: Any) -> Any:
-    """The Euclidean norm of a vector in one operator."""
+def norm(x: Any, order: float = 2, axes: Any = None, *_: Any, **__: Any) -> Any:
+    """The Euclidean norm of a whole tensor in one operator."""
+    if order != 2 or axes is not None:
+        raise ValueError(
+            f"only the Euclidean norm of a whole tensor has a form, not order {order} over axes "
+            f"{axes}; write it as the root of a sum of squares"
+        )
     return op.ReduceL2(x, keepdims=0)
+
+
+def linear(bias: Any, x: Any, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    """``x @ weight + bias``; a transposed weight is left as it lies, and read across."""
+    producer = weight.producer()
+    if producer is not None and producer.op_type == "Transpose":
+        return op.Gemm(x, producer.inputs[0], bias, alpha=alpha, beta=beta, transB=1)
+    return op.Gemm(x, weight, bias, alpha=alpha, beta=beta)
 
 
 def group_norm(

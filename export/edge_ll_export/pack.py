@@ -100,7 +100,10 @@ def export_bundle(
     told("step graph")
     files |= export_step_graphs(student.tail, shape, learner)
     engines: tuple[EngineName, ...] = ("step-graph",)
-    if why_not(learner) is None:
+    left_out = why_not(learner)
+    if left_out is not None:
+        told(f"engine ort-training left out: {left_out}")
+    else:
         told("onnxruntime-training artifacts")
         files |= export_ort_artifacts(student.tail, shape, learner)
         engines = ("step-graph", "ort-training")

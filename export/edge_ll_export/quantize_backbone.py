@@ -29,6 +29,7 @@ from onnx import numpy_helper
 from onnxruntime import quantization
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
+import edge_ll.engine  # noqa: F401  # before onnxruntime: it switches the runtime's telemetry off
 from edge_ll.errors import ExportError
 from edge_ll_export.graphs import settle
 

@@ -76,7 +76,8 @@ def training_step(
             loss = loss + anchor_loss(theta, *anchor)
             gradient = gradient + anchor_slope(theta, *anchor)
         norm = torch.linalg.vector_norm(gradient)
-        clip = hyper[2] / torch.maximum(norm, hyper[2])
+        most = torch.split(hyper, 1)[2]
+        clip = most / torch.maximum(norm, most)
         return loss, norm, *update(theta, gradient, clip, given["m"], given["v"], hyper)
 
     return step
@@ -116,7 +117,7 @@ def _adamw(
     Bias correction and decay are folded into the numbers of ``hyper``, so that each pass over the
     P parameters is one that has to be made.
     """
-    rate, keep, epsilon = hyper[0], hyper[1], hyper[4]
+    rate, keep, _, _, epsilon = torch.split(hyper, 1)
     m = BETA1 * m + gradient * (clip * (1 - BETA1))
     scaled = gradient * (clip * (1 - BETA2) ** 0.5)
     v = BETA2 * v + scaled * scaled
@@ -127,7 +128,7 @@ def _sgd(
     theta: Tensor, gradient: Tensor, clip: Tensor, m: Tensor, v: Tensor, hyper: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SGD with momentum and weight decay, as torch.optim.SGD; ``v`` passes through."""
-    rate, decay, momentum = hyper[0], hyper[1], hyper[3]
+    rate, decay, _, momentum, _ = torch.split(hyper, 1)
     m = momentum * m + clip * gradient + decay * theta
     return theta - rate * m, m, v * 1.0
 

@@ -500,6 +500,25 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(make):
     assert np.array_equal(engine.theta, twin.theta)
 
 
+def test_a_gradient_whose_norm_overflows_is_never_a_silent_zero(make):
+    engine = make()
+    batch = GOOD._replace(latents=GOOD.latents * np.float32(1e20))
+    with np.errstate(all="ignore"):
+        try:
+            gradient = engine.gradient(batch)
+        except EngineError:
+            return
+    assert np.abs(gradient).max() > 1e15
+
+
+def test_a_graph_that_lacks_an_input_is_refused_when_it_is_opened(tmp_path):
+    learner = replace(LEARNER, loss=TERMS["mse"])
+    plain = write_tiny_bundle(tmp_path / "plain").read(STEP)
+    bundle = write_tiny_bundle(tmp_path / "b", learner=learner, files={STEP: plain})
+    with pytest.raises(EngineError, match="does not fit the manifest"):
+        open_engine(bundle)
+
+
 def test_an_anchor_holds_theta_near_its_centre(make):
     learner = replace(GENTLE, loss=TERMS["mse"], weight_decay=0.0)
     free, held = make(learner), make(learner)

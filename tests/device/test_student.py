@@ -56,6 +56,23 @@ def test_it_starts_with_exemplars_and_empty_counts(student):
     assert student.backbone == student.bundle.manifest.files[BACKBONE].sha256
 
 
+@pytest.mark.parametrize("what", ["latents", "logits"])
+def test_samples_that_the_runtime_cannot_take_are_refused_and_the_next_are_taken(student, what):
+    """As when they need more memory than the runtime may have."""
+
+    def fail(*_):
+        raise EngineError("no memory")
+
+    x, y = toy(BASE, 8)
+    engine = student.learner.engine
+    setattr(engine, what, fail)
+    _take(student, x, y)
+    assert (student.tally.taken, student.tally.refused, student.tally.learned) == (8, 8, 0)
+    delattr(engine, what)
+    _take(student, x, y)
+    assert (student.tally.taken, student.tally.refused, student.tally.learned) == (16, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("learning", "entries"),
     [

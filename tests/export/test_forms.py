@@ -86,6 +86,14 @@ def test_a_tall_map_is_cut_and_a_small_one_is_not():
     assert plan(13, 4).whole  # a prime number of rows: one tile or thirteen
 
 
+def test_a_map_whose_matrix_would_fill_a_device_is_refused():
+    from edge_ll_export.depthwise import DepthwisePlan
+
+    with pytest.raises(ValueError, match=r"map of 31 x 31 .* 236,421,376 bytes"):
+        DepthwisePlan.of((None, 64, 31, 31), (64, 1, 3, 3), (1, 1), 64)
+    assert DepthwisePlan.of((None, 64, 32, 32), (64, 1, 3, 3), (1, 1), 64).rows == 4
+
+
 @pytest.mark.parametrize(
     ("weight", "padding", "groups"),
     [((4, 2, 3, 3), (1, 1), 2), ((8, 1, 3, 3), (1, 1), 4), ((4, 1, 3, 3), (0, 0), 4)],
@@ -111,6 +119,13 @@ class _Tail(torch.nn.Module):
         return self.head(torch.relu(self.layer(self.before(z))).flatten(2).mean(2))
 
 
+class _Normalise(torch.nn.Module):
+    """A norm over one axis, which the form of the norm over everything must not stand in for."""
+
+    def forward(self, x):
+        return torch.nn.functional.normalize(x, dim=1)
+
+
 class _Steps(torch.nn.Module):
     """An operator that torch itself has no gradient for."""
 
@@ -125,9 +140,10 @@ class _Steps(torch.nn.Module):
         (torch.nn.Conv2d(4, 4, 1, stride=2), "aten.convolution", "stride and dilation 1"),
         (torch.nn.ConvTranspose2d(4, 4, 3), "aten.convolution", "not transposed"),
         (torch.nn.Threshold(0.5, 0.0), "aten.threshold_backward", "only ReLU has a form"),
+        (_Normalise(), "aten.linalg_vector_norm", "Euclidean norm of a whole tensor"),
         (_Steps(), "prims.bessel_j0", "No ONNX function found"),
     ],
-    ids=["3x3", "stride", "transposed", "threshold", "no gradient"],
+    ids=["3x3", "stride", "transposed", "threshold", "norm over an axis", "no form"],
 )
 def test_what_cannot_be_trained_fails_at_export_by_operator_and_layer(layer, operator, says):
     from edge_ll_export.step_graph import export_step_graph

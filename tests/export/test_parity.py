@@ -175,6 +175,16 @@ def test_no_difference_too_large_or_not_a_number_passes(field, value):
         require_parity(parity)
 
 
+def test_a_small_gradient_counts_as_much_as_a_large_one():
+    """Each parameter's gradient is held against its own size, however small that is."""
+    from edge_ll_export.parity import Gap, Parity
+
+    gaps = dict.fromkeys(("logits", "losses", "early", "theta"), Gap())
+    wrong = Gap(5e-5, 1.0)  # a block of gradients of 5e-5 that came out as zero
+    parity = Parity(engine="e", runtime="r", provider="p", steps=10, gradients=wrong, **gaps)
+    assert not parity.ok
+
+
 def test_large_values_may_differ_by_a_small_share():
     """A difference counts against the tensor's largest value where that is above one."""
     from edge_ll_export.parity import Gap, Parity

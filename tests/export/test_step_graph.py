@@ -92,7 +92,10 @@ def test_the_gradient_is_that_of_finite_differences(kind, terms):
     batch = [torch.from_numpy(part) for part in _batch(kind, 5, dtype=np.float64).values()]
     if terms.target == "kl":
         batch[4][:, -1] = MASKED
+    # Off the fresh weights, whose biases of zero put dead positions on the edge of a ReLU.
+    noise = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     theta = flatten_theta(tail).double()
+    theta = theta + 0.05 * noise[: len(theta)]
     zero = torch.zeros_like(theta)
     anchor = [theta + 0.1, torch.linspace(0, 1, len(theta), dtype=torch.float64)]
     anchor = anchor if terms.anchor else []

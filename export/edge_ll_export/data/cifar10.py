@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -101,23 +102,27 @@ def convert_archive(raw: bytes) -> Arrays:
         DataError: The archive is damaged, or lacks a class or an image.
         MissingExtraError: Pillow is not installed.
     """
-    found: dict[tuple[str, str], list[tuple[str, bytes]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, zipfile.ZipInfo]]] = {}
+    taken: dict[tuple[str, str], list[tuple[str, bytes]]] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             for info in archive.infolist():
                 match = _NAME.search(info.filename)
-                if match is None or int(match[3]) >= 10_000:
+                if match is None or match[2] not in CLASSES:
                     continue
                 if info.file_size > _MAX_IMAGE_BYTES:
                     raise DataError(f"{info.filename}: too large for an image of CIFAR-10")
-                found.setdefault((match[1], match[2]), []).append((match[3], archive.read(info)))
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+                found.setdefault((match[1], match[2]), []).append((match[3], info))
+            for (part, name), entries in found.items():
+                chosen = sorted(entries, key=itemgetter(0))[: _TAKEN[part]]
+                taken[part, name] = [(number, archive.read(info)) for number, info in chosen]
+    except source.DAMAGED as error:
         raise DataError(f"the CIFAR-10 archive is damaged: {error}; download it again") from error
     arrays: dict[str, npt.NDArray[np.uint8]] = {}
     for part, count in _TAKEN.items():
         images = []
         for name in CLASSES:
-            held = sorted(found.get((part, name), []))[:count]
+            held = taken.get((part, name), [])
             if len(held) < count:
                 raise DataError(
                     f"{part}/{name} has {len(held)} images, expected {count}: not the zip of {URL}"

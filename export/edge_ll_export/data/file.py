@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,7 @@ def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
             raise DataError(f"{path}: expected an .npz file, got a single array")
         with loaded as file:
             arrays = {name: file[name] for name in ("x", "y", "group") if name in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except source.DAMAGED as error:
         raise DataError(f"{path}: expected an .npz file with x and y: {error}") from error
     if absent := sorted({"x", "y"} - set(arrays)):
         raise DataError(f"{path}: expected an .npz file with x and y; it has no {absent[0]}")

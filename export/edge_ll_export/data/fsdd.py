@@ -94,7 +94,7 @@ def convert_archive(raw: bytes) -> Arrays:
                     raise DataError(f"{info.filename}: too large or one too many for FSDD")
                 samples = _read_wav(archive.read(info), info.filename)
                 found.append((int(match[1]), match[2], int(match[3]), samples))
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as error:
+    except source.DAMAGED as error:
         raise DataError(f"the FSDD archive is damaged: {error}; download it again") from error
     if not found:
         raise DataError(f"the archive holds no recordings/*.wav; expected the zip behind {URL}")

@@ -8,10 +8,12 @@ and its content checked before it is kept.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +22,17 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_ll.errors import DataError
+
+# What reading an archive raises when bytes of it are wrong.
+DAMAGED = (
+    OSError,
+    EOFError,
+    ValueError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+)
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 Fetch = Callable[[str], bytes]
@@ -51,7 +64,7 @@ def download(url: str, *, name: str, limit: int, fetch: Fetch | None = None) -> 
     """
     try:
         raw = fetch(url) if fetch else _https(url, limit + 1)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise DataError(
             f"{url} could not be downloaded: {error}; set {FOLDER} to a folder that holds "
             f"{name}, or try again with a network"
@@ -84,7 +97,7 @@ def read_npz(path: Path, keys: Sequence[str]) -> Arrays:
             return {key: pack[key] for key in keys}
     except FileNotFoundError as error:
         raise DataError(_absent(path)) from error
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, *DAMAGED) as error:
         raise DataError(
             f"{path}: expected an .npz file with {', '.join(keys)}: {error}; "
             f"delete it and try again"
