@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES))
     parser.add_argument("--threads", nargs="*", type=int, default=[2, 1])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="measured in each round")
     parser.add_argument("--memory-steps", type=int, default=1_000)
     parser.add_argument("--long-steps", type=int, default=20_000, help="0 leaves them out")

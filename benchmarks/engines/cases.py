@@ -52,6 +52,14 @@ _ROWS = (
     TailCase(
         name="linear",
         kind="MlpTail",
+        latent=(256,),
+        capacity=20,
+        options={"hidden": ()},
+        what="flat latent of a small network, as many classes as a home has",
+    ),
+    TailCase(
+        name="linear_wide",
+        kind="MlpTail",
         latent=(384,),
         capacity=150,
         options={"hidden": ()},

@@ -121,7 +121,11 @@ def test_verify_compares_every_engine_with_torch(exported, capsys):
     assert main(["verify", *bundle, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [engine["engine"] for engine in told["engines"]] == ["step-graph", "ort-training"]
-    assert all(engine["theta"] < 1e-4 for engine in told["engines"])
+    for engine in told["engines"]:
+        assert engine["steps"] == 100
+        for name in ("logits", "losses", "gradients", "theta"):
+            assert engine[name]["absolute"] < 1e-4
+            assert engine[name]["relative"] < 1e-4
 
 
 @pytest.mark.torch

@@ -205,7 +205,7 @@ def exported(monkeypatch, bundle):
         made = {
             "export_backbone": bundle.read(BACKBONE),
             "export_tail": bundle.read(TAIL),
-            "export_step_graph": bundle.read(STEP),
+            "export_step_graphs": {STEP: bundle.read(STEP)},
             **replaced,
         }
         for name, value in made.items():

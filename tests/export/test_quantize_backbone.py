@@ -304,7 +304,7 @@ def graphs_of(trained):
     return {
         "export_backbone": _exported(trained.student.backbone, trained.dataset.x),
         "export_tail": pack.export_tail(trained.student.tail, shape),
-        "export_step_graph": pack.export_step_graph(trained.student.tail, shape, learner.optimizer),
+        "export_step_graphs": pack.export_step_graphs(trained.student.tail, shape, learner),
     }
 
 
