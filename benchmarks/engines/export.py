@@ -208,9 +208,9 @@ def _batch(rng: np.random.Generator, latent: tuple[int, ...], capacity: int, n: 
 def _flops(tail: nn.Module, batch: Arrays) -> int:
     """Multiplications and additions of the products and convolutions of a step.
 
-    Counted forward; each layer's two gradients take as many again, but for the first layer's
-    input,
-    which is frozen. (torch's own count of the way back takes depthwise convolutions for dense ones.)
+    Counted forward; each layer's two gradients take as many again, but for that of the first
+    layer's input, which is frozen. torch's own count of the way back takes depthwise convolutions
+    for dense ones.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tail(torch.from_numpy(batch["latents"]))
