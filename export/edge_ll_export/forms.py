@@ -26,6 +26,7 @@ Forms = Mapping[Callable[..., Any], Callable[..., Any]]
 _KEPT = (aten.threshold_backward, aten.linalg_vector_norm, aten.native_group_norm)
 
 _STEEP = 3e38  # times any positive normal float32 this is past one
+_BELOW = -1e-6  # puts zero below; OpenVINO takes an offset of exactly zero for the default, 0.5
 
 
 def decompositions() -> Any:
@@ -54,7 +55,7 @@ def relu_gradient(gradient: Any, output: Any, threshold: float) -> Any:
     """``gradient`` where ``output > 0``, as a product: ``Where`` takes several times as long."""
     if threshold:
         raise ValueError(f"only ReLU has a form, not a threshold of {threshold}")
-    return op.Mul(gradient, op.HardSigmoid(output, alpha=_STEEP, beta=0.0))
+    return op.Mul(gradient, op.HardSigmoid(output, alpha=_STEEP, beta=_BELOW))
 
 
 def norm(x: Any, order: float = 2, axes: Any = None, *_: Any, **__: Any) -> Any:
