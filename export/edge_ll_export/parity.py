@@ -4,8 +4,8 @@ torch's side is independent of the graphs: autograd and ``torch.optim`` on the m
 
 The gradient of a ReLU jumps at zero, and which side a sample falls on may hang on the last bit of a
 sum. After such a sample two exact implementations go different ways, as torch does when it starts
-one rounding away. So a batch is taken only if its gradient hardly changes under errors ten times as
-large as those of rounding.
+one rounding away. So a batch is taken only if none of its gradients changes much under errors ten
+times and more as large as those of rounding.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TOLERANCE = 1e-4
 EARLY_STEPS = 10
 MOVEMENT_SHARE = 5e-4
 FAINT = 1e-6
-_JITTER, _STEADY = 1e-6, 1e-4  # of θ; of each parameter's largest gradient
-_DRAWS = 50
+_JITTER, _STEADY, _NEARLY_ZERO = 2e-6, 1e-2, 2e-7  # share of θ; of each gradient; a gradient
+_DIRECTIONS, _DRAWS, _TRIES = 3, 50, 3
 _SIZES = (1, 8, 15)  # of the batches, in turn
 _PROJECT_EVERY = 2  # steps, where the bundle can project
 
@@ -123,12 +123,24 @@ def check_parity(
 ) -> Parity:
     """Run torch and one engine side by side from the bundle's θ.
 
+    An edge may still be missed, in one of six runs of a large transformer, so a check that fails is
+    made anew on other batches, twice. An engine that is wrong fails them all.
+
     Raises:
         EngineError: The engine cannot run here.
     """
-    opened = open_engine(bundle, engine, providers=providers)
+    for seed in range(_TRIES):
+        opened = open_engine(bundle, engine, providers=providers)
+        parity = _compare(bundle, opened, tail, np.random.default_rng(seed), steps)
+        if parity.ok:
+            break
+    return parity
+
+
+def _compare(
+    bundle: Bundle, opened: Engine, tail: nn.Module, rng: np.random.Generator, steps: int
+) -> Parity:
     manifest = bundle.manifest
-    rng = np.random.default_rng(0)
     reference = _TorchTail(copy.deepcopy(tail), manifest.learner)
     if manifest.learner.loss.anchor:
         size = manifest.theta_size
@@ -203,20 +215,29 @@ class _TorchTail:
         return self._backward(batch, self._anchor)[1].numpy()
 
     def is_steady(self, batch: Batch, rng: np.random.Generator) -> bool:
-        """Whether the gradient is nearly the same at a θ that is a little off."""
+        """Whether the gradient is nearly the same at every θ that is a little off.
+
+        Off to both sides: a sample next to a ReLU's edge crosses it on one of them.
+        """
         kept = [p.detach().clone() for p in self._tail.parameters()]
         here = self._backward(batch, self._anchor)[1]
-        with torch.no_grad():
-            for parameter in self._tail.parameters():
-                noise = rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
-                parameter.mul_(1 + _JITTER * torch.from_numpy(noise))
-        there = self._backward(batch, self._anchor)[1]
-        with torch.no_grad():
-            for parameter, value in zip(self._tail.parameters(), kept, strict=True):
-                parameter.copy_(value)
-        sizes = [p.numel() for p in self._tail.parameters()]
-        pairs = zip(torch.split(here, sizes), torch.split(there, sizes), strict=True)
-        return all(bool(((a - b).abs() <= _STEADY * a.abs().max() + 1e-9).all()) for a, b in pairs)
+        steady = True
+        for _ in range(_DIRECTIONS):
+            noise = [torch.from_numpy(rng.standard_normal(p.shape).astype("f4")) for p in kept]
+            for step in (_JITTER, -_JITTER):
+                self._put([p * (1 + step * n) for p, n in zip(kept, noise, strict=True)])
+                away = (self._backward(batch, self._anchor)[1] - here).abs()
+                # Number by number: AdamW makes a full step of the smallest gradient that was zero.
+                steady = steady and bool((away <= _STEADY * here.abs() + _NEARLY_ZERO).all())
+            if not steady:
+                break
+        self._put(kept)
+        return steady
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self._tail.parameters(), values, strict=True):
+            parameter.copy_(value)
 
     def step(self, batch: Batch, reference: Batch | None) -> float:
         loss, gradient = self._backward(batch, self._anchor)
