@@ -60,7 +60,7 @@ wheel: venv
 bench-engines: venv venv-device venv-device-ort venv-bench-onnxsim
 	$(VENV)/python -m benchmarks.engines $(if $(QUICK),$(BENCH_QUICK)) $(BENCH_OPTIONS)
 
-BENCH_QUICK := --tails linear pointwise --batches 16 --threads 2 --rounds 5 --memory-steps 200 --long-steps 0
+BENCH_QUICK := --tails linear pointwise --batches 16 --threads 2 --rounds 5 --memory-steps 200 --long-steps 0 --no-int8
 
 venv: .venv/ready.stamp
 

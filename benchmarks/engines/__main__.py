@@ -44,6 +44,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="measured in each round")
     parser.add_argument("--memory-steps", type=int, default=1_000)
     parser.add_argument("--long-steps", type=int, default=20_000, help="0 leaves them out")
+    parser.add_argument("--no-int8", action="store_true", help="train no student for int8")
     return parser.parse_args(arguments)
 
 
@@ -83,7 +84,7 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _told(report.reasons_text(reasons))
     others = machine.CpuUse.now().others_share(before)
     found = report.summary(timed, spent, index) | {
-        "int8": json.loads(run_module(pythons["server"], folder, "backbone_int8")),
+        "int8": _int8(options, folder),
         "reasons": reasons,
         "machine": machine.describe(),
         "others_cpu_share": round(others, 3),
@@ -95,6 +96,12 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "WARNING: the machine was busy: caches are shared even without a *. Repeat when idle."
         )
     return found
+
+
+def _int8(options: argparse.Namespace, folder: Path) -> Any:
+    if options.no_int8:
+        return None
+    return json.loads(run_module(options.server.absolute(), folder, "backbone_int8"))
 
 
 def _exported(options: argparse.Namespace, files: Files, pythons: Pythons) -> dict[str, Any]:

@@ -213,7 +213,8 @@ def test_a_tiny_run(tmp_path, capsys):
     options = parse(
         [
             *("--server", python, "--device", python, "--device-ort", python, "--onnxsim", python),
-            *("--tails", "linear", "--batches", "4", "--threads", "1", "--engines", *engines),
+            *("--tails", "linear", "--batches", "4", "--threads", "1", "--no-int8"),
+            *("--engines", *engines),
             *("--rounds", "2", "--steps", "3", "--memory-steps", "4", "--long-steps", "6"),
         ]
     )
@@ -230,7 +231,7 @@ def test_a_tiny_run(tmp_path, capsys):
     assert set(found["rss_mb"]["step_graph"]) == {"4", "6"}
     assert 20 < found["rss_mb"]["step_graph"]["6"] < 2000
     assert found["disk_mb"]["torch_fused"] > 100
-    assert found["int8"] is None or set(found["int8"]) == {"speedup", "acc_change"}
+    assert found["int8"] is None
     printed = capsys.readouterr().out
     assert "torch / step graph" in printed
     assert str(ROOT) not in printed
